@@ -1,0 +1,1 @@
+"""The `blindsight` command, the project's benchmarks, and the small vision-language model it trains and ships."""

@@ -1,0 +1,205 @@
+"""The layout of one prompt: where its text, its images, their delimiters and their sinks stand.
+
+    ids        a  b  <s> .  .  .  <e> c  <s> .  .  <e> d
+    position   0  1   2  3  4  5   6  7   8  9 10  11 12
+    images     begin=2 first=3 last=6 end=7;  begin=8 first=9 last=11 end=12
+
+Built from token ids and the model's special tokens, nothing else. One `Layout` is one sequence; a batch is a list
+of them. It does not know what a category is: `masks.py` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from shared_profiles.families import SpecialTokens
+from shared_profiles.template import SinkTemplate
+
+
+def concatenated_ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """`arange(starts[0], stops[0])`, then `arange(starts[1], stops[1])`, ... as one int64 array."""
+    lengths = stops - starts
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Text and images of one sequence.
+
+    Attributes:
+        n_tokens: N, the row's length, padding included.
+        start, stop: the real tokens are `[start, stop)`; the rest is padding.
+        images: `[n_images, 4]` int64, columns `begin, first, last, end`. The image's tokens are `[first, last)`; its
+            start delimiter is `[begin, first)`, empty where it has none; its end delimiter `[last, end)` likewise.
+        bidirectional: whether an image's tokens look at later tokens of the same image.
+
+    Raises:
+        ValueError: images out of order, overlapping, empty, or outside `[start, stop)`.
+    """
+
+    n_tokens: int
+    start: int
+    stop: int
+    images: np.ndarray
+    bidirectional: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.stop <= self.n_tokens:
+            raise ValueError(f"0 <= start <= stop <= n_tokens must hold. Got {self.start}, {self.stop}, {self.n_tokens}.")
+        images = np.array(self.images, dtype=np.int64).reshape(-1, 4)
+        images.setflags(write=False)
+        object.__setattr__(self, "images", images)
+        begin, first, last, end = images.T
+        ordered = (begin <= first) & (first < last) & (last <= end)
+        apart = np.concatenate([[self.start], end]) <= np.concatenate([begin, [self.stop]])
+        if not (ordered.all() and apart.all()):
+            raise ValueError(
+                "images must be rows (begin <= first < last <= end) in order, apart, inside "
+                f"[{self.start}, {self.stop}). Got {images.tolist()}."
+            )
+
+    @property
+    def n_images(self) -> int:
+        """Number of images; each temporal group of a video's frames is one."""
+        return len(self.images)
+
+    @cached_property
+    def key(self) -> tuple:
+        """A hashable value equal for equal layouts."""
+        return self.n_tokens, self.start, self.stop, self.bidirectional, self.images.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    @cached_property
+    def text(self) -> np.ndarray:
+        """Positions of the text tokens, delimiters excluded: `[n_text]` int64, ascending."""
+        return concatenated_ranges(np.r_[self.start, self.images[:, 3]], np.r_[self.images[:, 0], self.stop])
+
+    @cached_property
+    def textual_rows(self) -> np.ndarray:
+        """Positions that query like text, i.e. text and delimiters: `[n]` int64, ascending."""
+        return concatenated_ranges(np.r_[self.start, self.images[:, 2]], np.r_[self.images[:, 1], self.stop])
+
+    def sinks(self, template: SinkTemplate) -> np.ndarray:
+        """Positions of the sink tokens of all images, delimiters included: `[n_sinks]` int64, ascending."""
+        begin, first, last, end = self.images.T
+        from_start = begin[:, None] + np.array(template.from_start, dtype=np.int64)
+        from_end = end[:, None] - np.array(template.from_end, dtype=np.int64)
+        inside = np.concatenate([from_start[from_start < end[:, None]], from_end[from_end >= begin[:, None]]])
+        return np.unique(np.concatenate([inside, concatenated_ranges(begin, first), concatenated_ranges(last, end)]))
+
+    @classmethod
+    def from_ids(
+        cls,
+        ids: Sequence[int] | np.ndarray,
+        special: SpecialTokens,
+        *,
+        valid: Sequence[int] | np.ndarray | None = None,
+        frames: Sequence[int] = (),
+        bidirectional: bool = False,
+        unfinished: bool = False,
+    ) -> Layout:
+        """Finds the images of one sequence.
+
+        Args:
+            ids: `[N]` integer token ids, placeholders expanded: one per image token.
+            special: the model's special tokens.
+            valid: `[N]`, nonzero for real tokens, zero for padding on the left or right. Default: all real.
+            frames: for every video in order, its number of temporal frame groups; each becomes one image.
+            bidirectional: whether the family's images look both ways.
+            unfinished: the sequence is the beginning of a prompt, so its last image may lack its end.
+
+        Raises:
+            ValueError: delimiters and placeholders do not pair up, a video's tokens do not divide into its frame
+                groups, `frames` has another length than there are videos, or `valid` has holes.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 1:
+            raise ValueError(f"ids must be one sequence [N]. Got shape {ids.shape}. Build one layout per row of a batch.")
+        start, stop = _real_span(len(ids), valid)
+        placeholder = ids == special.image
+        if special.video is not None:
+            placeholder |= ids == special.video
+        placeholder[:start] = placeholder[stop:] = False
+        edges = np.flatnonzero(np.diff(placeholder, prepend=False, append=False))
+        first, last = edges[::2], edges[1::2]
+
+        starts = np.flatnonzero(ids[start:stop] == special.start) + start
+        ends = np.flatnonzero(ids[start:stop] == special.end) + start
+        if unfinished and len(starts) == len(ends) + 1:
+            if starts[-1] == stop - 1:
+                starts = starts[:-1]  # the image's tokens are still to come; its delimiter is text so far
+            else:
+                ends = np.append(ends, stop)
+        _check_pairs(first, last, starts, ends)
+        is_video = ids[first] == special.video if special.video is not None else np.zeros(len(first), dtype=bool)
+        if is_video.sum() != len(frames):
+            raise ValueError(
+                f"frames must state the number of frame groups of each of the {is_video.sum()} videos. Got "
+                f"{len(frames)} numbers. Pass the first column of video_grid_thw."
+            )
+        images = np.stack([starts, first, last, np.minimum(ends + 1, stop)], axis=1)
+        if len(frames):
+            images = _split_videos(images, is_video, frames)
+        return cls(len(ids), start, stop, images, bidirectional)
+
+
+def _real_span(n: int, valid: Sequence[int] | np.ndarray | None) -> tuple[int, int]:
+    """First and one past the last real token; refuses padding in the middle."""
+    if valid is None:
+        return 0, n
+    mask = np.asarray(valid) != 0
+    if mask.shape != (n,):
+        raise ValueError(f"valid must have shape ({n},) like ids. Got {mask.shape}.")
+    where = np.flatnonzero(mask)
+    if not len(where):
+        return 0, 0
+    start, stop = int(where[0]), int(where[-1]) + 1
+    if stop - start != len(where):
+        raise ValueError("padding must be on the left or right of a sequence. Got an attention mask with holes.")
+    return start, stop
+
+
+def _check_pairs(first: np.ndarray, last: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+    """Demands that every run of placeholders stands right between a start and an end delimiter."""
+    if not len(starts) == len(ends) == len(first):
+        raise ValueError(
+            "every image must be <start> placeholders <end>. Got "
+            f"{len(starts)} start delimiters, {len(first)} runs of placeholders, {len(ends)} end delimiters. "
+            "Use the ids that the model's processor returns, uncut."
+        )
+    wrong = np.flatnonzero((starts + 1 != first) | (last != ends))
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(
+            f"every image must be <start> placeholders <end>. Got image {i} with its start delimiter at {starts[i]}, "
+            f"placeholders at [{first[i]}, {last[i]}) and its end delimiter at {ends[i]}."
+        )
+
+
+def _split_videos(images: np.ndarray, is_video: np.ndarray, frames: Sequence[int]) -> np.ndarray:
+    """Replaces each video by its frame groups; the first keeps the start delimiter, the last the end delimiter."""
+    rows = []
+    remaining = iter(frames)
+    for (begin, first, last, end), video in zip(images.tolist(), is_video, strict=True):
+        groups = int(next(remaining)) if video else 1
+        length, left_over = divmod(last - first, groups) if groups > 0 else (0, 1)
+        if left_over or not length:
+            raise ValueError(
+                f"a video's tokens must divide evenly into its frame groups. Got {last - first} tokens at "
+                f"[{first}, {last}) for {groups} groups."
+            )
+        cuts = [first + g * length for g in range(groups + 1)]
+        begins = [begin, *cuts[1:-1]]
+        stops = [*cuts[1:-1], end]
+        rows += zip(begins, cuts[:-1], cuts[1:], stops, strict=True)
+    return np.array(rows, dtype=np.int64)

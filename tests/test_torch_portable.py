@@ -1,0 +1,108 @@
+"""The portable attention against the float64 reference and against torch's own masked attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import chunks, layouts, templates, windows
+
+from blindsight_kernels.reference import reference_attention
+from shared_profiles import Category, Layout, SinkTemplate, category_mask
+from torch_blindsight.portable import portable_attention
+
+
+def draw_inputs(seed: int, batch: int, heads: int, kv_heads: int, queries: int, keys: int, dim: int, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, heads, queries, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, dim))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.data(), templates, windows, st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(0, 2**31))
+def test_equals_the_reference(data, template, window, head_counts, seed):
+    heads, kv_heads = head_counts
+    layout = data.draw(layouts())
+    rows = [layout, Layout(layout.n_tokens, layout.start, layout.stop, layout.images[:1], layout.bidirectional)]
+    q_start, q_stop = data.draw(chunks(layout))
+    rows = [Layout(q_stop, min(r.start, q_stop), min(r.stop, q_stop), cut(r.images, q_stop), r.bidirectional) for r in rows]
+    categories = np.array(data.draw(st.lists(st.integers(0, 3), min_size=heads, max_size=heads)))
+    spare = data.draw(st.integers(0, 3))  # a static cache is longer than the prompt
+    q, k, v = draw_inputs(seed, 2, heads, kv_heads, q_stop - q_start, q_stop + spare, 16, torch.float64)
+    k[:, :, q_stop:] = torch.nan
+    arguments = dict(scale=0.3, window=window, q_start=q_start)
+    out, lse = portable_attention(q, k, v, rows, categories, template, **arguments)
+    want, want_lse = reference_attention(q.numpy(), k.numpy(), v.numpy(), rows, categories, template, **arguments)
+    np.testing.assert_allclose(out.transpose(1, 2).numpy(), want, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(lse.numpy(), want_lse, rtol=0, atol=1e-12)
+
+
+def cut(images: np.ndarray, stop: int) -> np.ndarray:
+    """The images of a prompt of which only `[0, stop)` exists so far."""
+    images = np.minimum(images, stop)
+    return images[images[:, 1] < images[:, 2]]
+
+
+def three_images(bidirectional: bool) -> Layout:
+    rows = [(4, 5, 68, 69), (70, 71, 182, 183), (183, 184, 307, 308)]
+    return Layout(311, 0, 311, np.array(rows), bidirectional)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("window", [None, 100], ids=["full", "window100"])
+def test_error_within_twice_that_of_plain_attention(dtype, bidirectional, window):
+    """The bar of every kernel: at most 2x the error of plain attention in the same precision."""
+    layout, template = three_images(bidirectional), SinkTemplate(local_block=64)
+    categories = np.array([0, 1, 2, 3])
+    q, k, v = draw_inputs(0, 1, 4, 2, 311, 311, 64, dtype)
+    exact, _ = reference_attention(
+        *(x.double().numpy() for x in (q, k, v)), [layout], categories, template, scale=0.125, window=window
+    )
+    masks = np.stack([category_mask(layout, Category(c), template, window=window) for c in categories])
+    k4, v4 = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    scores = (q @ k4.transpose(2, 3) * 0.125).masked_fill(~torch.from_numpy(masks), -torch.inf)
+    plain = scores.softmax(-1) @ v4
+    sdpa = F.scaled_dot_product_attention(q, k4, v4, attn_mask=torch.from_numpy(masks), scale=0.125)
+    out, _ = portable_attention(q, k, v, [layout], categories, template, scale=0.125, window=window)
+    error = np.abs(out.transpose(1, 2).double().numpy() - exact).max()
+    assert error <= 2 * np.abs(plain.double().numpy() - exact).max()
+    assert error <= 3 * np.abs(sdpa.double().numpy() - exact).max() + 1e-7  # an independent implementation agrees
+    again, _ = portable_attention(q, k, v, [layout], categories, template, scale=0.125, window=window)
+    assert torch.equal(out, again)
+
+
+def test_unfused_attention_of_other_devices_agrees(monkeypatch):
+    """Devices without the CPU's fused kernel take the unfused path; the meta-free way to run it here is to force it."""
+    from torch_blindsight import portable
+
+    layout, template = three_images(False), SinkTemplate(local_block=64)
+    q, k, v = draw_inputs(1, 1, 4, 2, 311, 311, 32, torch.float32)
+    fused, fused_lse = portable_attention(q, k, v, [layout], [0, 1, 2, 3], template, scale=0.2)
+    attend = portable._attend_unfused
+    monkeypatch.setattr(portable, "_SCORES_AT_ONCE", 1000)
+    monkeypatch.setattr(portable, "_attend", attend)
+    plain, plain_lse = portable_attention(q, k, v, [layout], [0, 1, 2, 3], template, scale=0.2)
+    torch.testing.assert_close(fused, plain, rtol=0, atol=2e-6)
+    torch.testing.assert_close(fused_lse, plain_lse, rtol=0, atol=2e-6)
+
+
+def test_refusals():
+    layout = three_images(False)
+    q, k, v = draw_inputs(0, 1, 4, 2, 311, 311, 16, torch.float32)
+    call = lambda q=q, k=k, v=v, layouts=(layout,), categories=(3,) * 4: portable_attention(  # noqa: E731
+        q, k, v, layouts, categories, SinkTemplate(), scale=1.0
+    )
+    with pytest.raises(ValueError, match="H a multiple of K"):
+        call(q=q[:, :3])
+    with pytest.raises(ValueError, match="share one device and one dtype"):
+        call(k=k.double())
+    with pytest.raises(ValueError, match="1 layouts of q_start \\+ T = 311 tokens"):
+        call(layouts=())
+    with pytest.raises(ValueError, match="at least as many keys"):
+        call(k=k[:, :, :300], v=v[:, :, :300])
+    with pytest.raises(ValueError, match="one category per query head"):
+        call(categories=(3,))

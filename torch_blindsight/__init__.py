@@ -1,0 +1,1 @@
+"""Sparse prefill for Hugging Face vision-language models in PyTorch."""
