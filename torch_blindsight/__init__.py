@@ -1,1 +1,8 @@
-"""Sparse prefill for Hugging Face vision-language models in PyTorch."""
+"""Sparse prefill for Hugging Face vision-language models in PyTorch: `patch` a model, `calibrate` a profile for it."""
+
+from torch_blindsight.calibration import calibrate
+from torch_blindsight.models import fingerprint
+from torch_blindsight.patching import Handle, patch
+from torch_blindsight.portable import portable_attention
+
+__all__ = ["Handle", "calibrate", "fingerprint", "patch", "portable_attention"]

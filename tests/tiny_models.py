@@ -1,0 +1,102 @@
+"""Tiny random models of every family, the real Hugging Face classes, and prompts for them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "gemma3")
+START, END, IMAGE, VIDEO, PAD = 3, 4, 5, 6, 0
+IMAGE_TOKENS = 16  # 8 x 8 patches of 4 x 4 pixels, merged by 2 x 2
+
+
+def make_model(family: str, seed: int = 0) -> torch.nn.Module:
+    """A random model in evaluation mode: 4 layers, 4 query and 2 key/value heads; scores spread enough to matter."""
+    torch.manual_seed(seed)
+    tokens = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
+    text = dict(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=PAD,
+        initializer_range=0.25,
+    )
+    if family == "gemma3":
+        text |= dict(
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=24,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        )
+        vision = dict(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=4,
+        )
+        config = Gemma3Config(
+            text_config=text,
+            vision_config=vision,
+            mm_tokens_per_image=IMAGE_TOKENS,
+            boi_token_index=START,
+            eoi_token_index=END,
+            image_token_index=IMAGE,
+            initializer_range=0.25,
+        )
+        return Gemma3ForConditionalGeneration(config).eval()
+    text["rope_parameters"] = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
+    patches = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2)
+    if family == "qwen2_vl":
+        vision = patches | dict(embed_dim=32, hidden_size=64, mlp_ratio=2)
+        return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)).eval()
+    vision = patches | dict(
+        hidden_size=32, intermediate_size=48, out_hidden_size=64, window_size=16, fullatt_block_indexes=[1]
+    )
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    ).eval()
+
+
+def make_ids(n_images: int, seed: int = 0, text: int = 3) -> list[int]:
+    """Token ids of a prompt: some text, then images with text after each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(n: int) -> list[int]:
+        return torch.randint(10, 96, (n,), generator=generator).tolist()
+
+    ids = [1, *words(text)]
+    for _ in range(n_images):
+        ids += [START, *[IMAGE] * IMAGE_TOKENS, END, *words(text)]
+    return ids
+
+
+def make_inputs(family: str, prompts: list[list[int]], seed: int = 0, left: bool = True) -> dict[str, torch.Tensor]:
+    """A padded batch as the family's processor would return it, with random pictures."""
+    torch.manual_seed(seed)
+    longest = max(map(len, prompts))
+    ids, mask = torch.full((len(prompts), longest), PAD), torch.zeros(len(prompts), longest, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        where = slice(longest - len(prompt), longest) if left else slice(0, len(prompt))
+        ids[b, where], mask[b, where] = torch.tensor(prompt), 1
+    n_images = sum(p.count(START) for p in prompts)
+    is_image = (ids == IMAGE).long()
+    inputs = dict(input_ids=ids, attention_mask=mask)
+    if family == "gemma3":
+        return inputs | dict(pixel_values=torch.randn(n_images, 3, 32, 32), token_type_ids=is_image)
+    grid = torch.tensor([[1, 8, 8]]).repeat(n_images, 1)
+    return inputs | dict(pixel_values=torch.randn(64 * n_images, 96), image_grid_thw=grid, mm_token_type_ids=is_image)

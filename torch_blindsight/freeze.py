@@ -1,0 +1,82 @@
+"""Calibration on the fly: measure the first multi-image prompts, then freeze a profile from them and save it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from shared_profiles import Layout, SinkTemplate
+from shared_profiles.classifier import Thresholds, classify
+from shared_profiles.profile import Fingerprint, Profile
+from shared_profiles.statistics import Statistics
+from torch_blindsight.attention import AttendLayer
+from torch_blindsight.lookup import cache_path
+from torch_blindsight.models import ModelInfo
+from torch_blindsight.modes import Implementation, Mode, SparseMode
+from torch_blindsight.observe import ObserveMode
+from torch_blindsight.provenance import make_provenance, prompt_digest
+
+logger = logging.getLogger("torch_blindsight")
+
+
+class Freezer(ObserveMode):
+    """Measures prompts until there are enough, then becomes the sparse mode of the profile they give; a `Mode`.
+
+    Args:
+        info: the model.
+        fingerprint: what the profile will be bound to.
+        template: sinks and local blocks.
+        n_prompts: how many prompts to measure.
+        impl: how sparse attention will be computed.
+
+    Raises:
+        ValueError: `n_prompts` is not positive.
+    """
+
+    def __init__(
+        self, info: ModelInfo, fingerprint: Fingerprint, template: SinkTemplate, n_prompts: int, impl: Implementation
+    ) -> None:
+        super().__init__(info, template)
+        if n_prompts < 1:
+            raise ValueError(f"measure_prompts must be at least 1. Got {n_prompts}.")
+        self.fingerprint, self.n_prompts, self.impl = fingerprint, n_prompts, impl
+        self.statistics = Statistics(info.n_layers, info.n_heads, origin=fingerprint.digest)
+        self._digests: list[str] = []
+
+    def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
+        self._digests = [prompt_digest({"input_ids": row}) for row in arguments["input_ids"]]
+        return super().prefill(layouts, q_start, arguments)
+
+    def after(self) -> Mode:
+        assert self.observer is not None
+        for digest, record in zip(self._digests, self.observer.records(), strict=True):
+            if record is not None:
+                # Inside generate the pictures are not among the arguments: equal ids may be different prompts.
+                self.statistics.add(f"{digest}-{len(self.statistics)}", record)
+        return self if len(self.statistics) < self.n_prompts else SparseMode(self._freeze(), self.impl)
+
+    def _freeze(self) -> Profile:
+        thresholds = Thresholds()
+        summary = self.statistics.summarize()
+        profile = Profile(
+            categories=classify(summary, thresholds),
+            template=self.template,
+            fingerprint=self.fingerprint,
+            summary=summary,
+            choice=thresholds.to_choice(),
+            provenance=make_provenance("first prompts seen", self.statistics),
+        )
+        self._save(profile)
+        return profile
+
+    def _save(self, profile: Profile) -> None:
+        path = cache_path(self.fingerprint)
+        counts = ", ".join(f"{n} {category.name}" for category, n in profile.counts().items())
+        measured = f"measured {len(self.statistics)} prompts and froze a profile ({counts}); prefills are sparse from now on"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            profile.save(path)
+        except OSError as error:  # serving goes on: the profile is in memory, and the user is told how to keep it
+            logger.error("%s, but it could not be saved: %s. Call handle.profile.save(path) to keep it.", measured, error)
+            return
+        logger.warning("%s; saved as %s", measured, path)

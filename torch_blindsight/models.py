@@ -1,0 +1,134 @@
+"""What BlindSight needs to know of a Hugging Face model: its family, its attention layers, its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from shared_profiles import Family, SpecialTokens, family_of
+from shared_profiles.profile import Fingerprint
+
+# What decides how a head attends; a change of any of these makes another model of it.
+_TEXT_KEYS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_parameters",
+    "layer_types",
+    "sliding_window",
+)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The attention-relevant facts of one model.
+
+    Attributes:
+        family: how it marks images.
+        special: its token ids of delimiters and placeholders.
+        attentions: the language model's attention modules, in layer order.
+        windows: the sliding window of each layer, None where it has none.
+        n_heads, n_kv_heads, head_dim: shape of its attention.
+    """
+
+    family: Family
+    special: SpecialTokens
+    attentions: tuple[nn.Module, ...]
+    windows: tuple[int | None, ...]
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+
+    @property
+    def n_layers(self) -> int:
+        """Number of language-model layers."""
+        return len(self.attentions)
+
+
+def inspect_model(model: nn.Module) -> ModelInfo:
+    """Reads a model's family and attention layers.
+
+    Raises:
+        ValueError: not a Hugging Face model of a supported family, or wrapped or compiled.
+    """
+    _refuse_wrapped(model)
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise ValueError(
+            f"the model must be a Hugging Face transformers model. Got {type(model).__name__}, which has no config."
+        )
+    settings = config.to_dict()
+    family = family_of(settings)
+    text = config.get_text_config()
+    if text is config:
+        raise ValueError(
+            f"the model must be the multimodal one, which sees the images. Got the language model alone, "
+            f"{type(model).__name__}. Pass the ...ForConditionalGeneration model."
+        )
+    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj") and hasattr(m, "k_proj")]
+    attentions.sort(key=lambda m: int(m.layer_idx))  # type: ignore[arg-type]
+    if [m.layer_idx for m in attentions] != list(range(text.num_hidden_layers)):
+        raise ValueError(
+            f"the model must have one attention module per layer, {text.num_hidden_layers} in all. Found layers "
+            f"{[m.layer_idx for m in attentions]}. Is part of the model missing or replaced?"
+        )
+    windows = tuple(getattr(m, "sliding_window", None) for m in attentions)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return ModelInfo(
+        family,
+        family.special_tokens(settings),
+        tuple(attentions),
+        windows,
+        text.num_attention_heads,
+        text.num_key_value_heads,
+        head_dim,
+    )
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Refuses wrappers, under which hooks on the outermost module would not see a forward's arguments."""
+    kind = type(model).__name__
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(f"the model must not be compiled. Got a compiled {kind}. Patch the model before compiling its parts.")
+    if isinstance(getattr(model, "module", None), nn.Module) or hasattr(model, "get_base_model"):
+        raise ValueError(f"the model must not be wrapped. Got {kind}. Patch the model inside it, then wrap.")
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module, info: ModelInfo | None = None) -> Fingerprint:
+    """Identifies a model by its attention configuration and its query/key projection weights.
+
+    Weights are hashed as bfloat16, so the same checkpoint loaded in float32 or bfloat16 has the same fingerprint.
+
+    Args:
+        model: a supported Hugging Face model.
+        info: `inspect_model(model)`, if at hand.
+
+    Raises:
+        ValueError: see `inspect_model`; or weights that are not loaded (meta device).
+    """
+    info = info or inspect_model(model)
+    text = model.config.get_text_config().to_dict()  # type: ignore[union-attr]
+    settings = {key: text.get(key) for key in _TEXT_KEYS}
+    digest = hashlib.sha256(json.dumps([info.family.name, settings], sort_keys=True, default=str).encode())
+    for attention in info.attentions:
+        for projection in (attention.q_proj, attention.k_proj):
+            # PEFT and quantizers keep the layer they wrap in `base_layer`.
+            weight = getattr(projection, "base_layer", projection).weight  # type: ignore[union-attr]
+            if weight.device.type == "meta":
+                raise ValueError("the model's weights must be loaded. Got weights on the meta device.")
+            digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
+    return Fingerprint(
+        family=info.family.name,
+        n_layers=info.n_layers,
+        n_heads=info.n_heads,
+        n_kv_heads=info.n_kv_heads,
+        head_dim=info.head_dim,
+        digest="sha256:" + digest.hexdigest(),
+    )

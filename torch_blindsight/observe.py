@@ -1,0 +1,114 @@
+"""Measuring a prefill: what each category would keep and change, from the attention's own outputs and `lse`.
+
+The observed forward runs dense. For every layer the three sparse categories are computed beside it, and per head
+two means over the image rows that have an earlier image are kept (DESIGN.md, section 4, stage 1):
+
+* retained mass `exp(lse_category - lse_dense)`, the share of softmax weight that the category keeps;
+* relative output error `||o_category - o_dense|| / ||o_dense||`.
+
+Nothing of size T * S ever exists, so a prompt that prefills can also be measured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared_profiles import SPARSE, Category, Layout, SinkTemplate, count_model_pairs
+from shared_profiles.layout import concatenated_ranges
+from shared_profiles.statistics import PromptStatistics
+from torch_blindsight.attention import AttendLayer, Prefill
+from torch_blindsight.models import ModelInfo
+from torch_blindsight.modes import Mode
+from torch_blindsight.portable import portable_attention
+from torch_blindsight.prompts import Dense
+
+
+class ObserveMode:
+    """Measures every prefill and keeps the records of the last one; a `Mode`.
+
+    Args:
+        info: the model.
+        template: sinks and local blocks.
+    """
+
+    def __init__(self, info: ModelInfo, template: SinkTemplate) -> None:
+        self.info, self.template = info, template
+        self.observer: Observer | None = None
+
+    def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
+        if q_start:
+            raise Dense("only whole prompts are measured")
+        self.observer = Observer(layouts, self.info.n_layers, self.info.n_heads, self.template)
+        return "measured", self.observer.attend
+
+    def after(self) -> Mode:
+        return self
+
+
+class Observer:
+    """Collects the statistics of one forward, one record per batch row.
+
+    Args:
+        layouts: B layouts of the whole prompts; rows with fewer than two images are skipped.
+        n_layers, n_heads: shape of the model.
+        template: sinks and local blocks.
+    """
+
+    def __init__(self, layouts: list[Layout], n_layers: int, n_heads: int, template: SinkTemplate) -> None:
+        self.layouts, self.template = layouts, template
+        self.mass = np.zeros((len(layouts), len(SPARSE), n_layers, n_heads), dtype=np.float32)
+        self.error = np.zeros_like(self.mass)
+        self.windows: list[int | None] = [None] * n_layers
+        # Image rows that have an earlier image: all that a category can change.
+        self.rows = [concatenated_ranges(x.images[1:, 1], x.images[1:, 2]) for x in layouts]
+
+    @torch.no_grad()
+    def attend(
+        self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Dense attention of one layer, `[B, T, H, D]`, measured on the way; an `AttendLayer`."""
+        self.windows[layer] = window
+        n_heads = q.shape[1]
+
+        def run(category: Category) -> tuple[Tensor, Tensor]:
+            return portable_attention(
+                q, k, v, self.layouts, [category] * n_heads, self.template, scale=scale, window=window
+            )
+
+        dense, dense_lse = run(Category.DENSE)
+        for c, category in enumerate(SPARSE):
+            sparse, lse = run(category)
+            for b, rows in enumerate(self.rows):
+                if not len(rows):
+                    continue
+                index = torch.from_numpy(rows).to(q.device)
+                reference = dense[b, index].float()  # [n, H, D]
+                change = (sparse[b, index].float() - reference).norm(dim=-1) / reference.norm(dim=-1)
+                mass = torch.exp(lse[b][:, index] - dense_lse[b][:, index])  # [H, n]
+                self.mass[b, c, layer] = mass.double().mean(1).cpu().numpy()
+                self.error[b, c, layer] = change.double().mean(0).cpu().numpy()
+        return dense
+
+    def records(self) -> list[PromptStatistics | None]:
+        """One record per batch row, None for rows with fewer than two images."""
+        return [self._record(b) if len(rows) else None for b, rows in enumerate(self.rows)]
+
+    def _record(self, b: int) -> PromptStatistics:
+        layout = self.layouts[b]
+        shape = self.mass.shape[2], 1
+        pairs = [
+            count_model_pairs(layout, np.full(shape, category), self.template, windows=self.windows).total
+            for category in (Category.DENSE, *SPARSE)
+        ]
+        return PromptStatistics(
+            n_tokens=layout.stop - layout.start,
+            n_images=layout.n_images,
+            n_rows=len(self.rows[b]),
+            mass=self.mass[b],
+            error=self.error[b],
+            kept=np.array(pairs[1:]) / pairs[0],
+        )

@@ -1,0 +1,234 @@
+"""`patch(model)`: a Hugging Face vision-language model prefills sparsely, until it is unpatched.
+
+Nothing of transformers or of the model is replaced. An attention function is registered and selected, and two hooks
+on the outermost module decide, forward by forward, whether this is a prefill that a sparse profile can speed up:
+
+    forward(input_ids, ...) ──► pre-hook: layouts, sparse or dense? ──► layers ──► attention function ──► post-hook
+
+Forwards that are not (decode steps, prompts with one image, ...) run transformers' own SDPA, and are counted with
+their reason in `Handle.report()`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from shared_profiles import Category, SinkTemplate
+from shared_profiles.profile import Fingerprint, Profile
+from torch_blindsight.attention import NAME, Prefill, current_prefill, register, registered
+from torch_blindsight.freeze import Freezer
+from torch_blindsight.lookup import find_profile
+from torch_blindsight.models import ModelInfo, fingerprint, inspect_model
+from torch_blindsight.modes import IMPLEMENTATIONS, Implementation, Mode, SparseMode
+from torch_blindsight.prompts import Dense, TokenHistory, read_layouts, worth_it
+
+logger = logging.getLogger("torch_blindsight")
+
+_HANDLE = "_blindsight_handle"
+
+
+class Handle:
+    """A patched model: how to take the patch off again, and what it did. Also a context manager.
+
+    Attributes:
+        model: the patched model.
+        info: its attention-relevant facts.
+        mode: how the next prefill is computed.
+    """
+
+    def __init__(self, model: nn.Module, info: ModelInfo, mode: Mode) -> None:
+        self.model, self.info, self.mode = model, info, mode
+        self.asked: tuple | None = None
+        self._history = TokenHistory()
+        self._counts: Counter[str] = Counter()
+        self._signature = inspect.signature(model.forward)
+        self._pending: tuple[Tensor, int, dict[str, Any]] | None = None
+        text = model.config.get_text_config()  # type: ignore[union-attr]
+        self._previous = text._attn_implementation
+        self._hooks: list[Any] = []
+
+    @property
+    def profile(self) -> Profile | None:
+        """The profile in force, None while the first prompts are being measured."""
+        return self.mode.profile if isinstance(self.mode, SparseMode) else None
+
+    def install(self) -> None:
+        """Selects our attention function for the language model and hangs the hooks.
+
+        Raises:
+            RuntimeError: transformers did not take it.
+        """
+        register()
+        self.model.set_attn_implementation({"text_config": NAME})  # type: ignore[operator]
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+        setattr(self.model, _HANDLE, self)
+        taken = [m.config._attn_implementation == NAME for m in self.info.attentions]  # type: ignore[union-attr]
+        if not all(taken) or not registered():
+            self.unpatch()
+            raise RuntimeError(
+                f"all {len(taken)} layers must call BlindSight's attention. {sum(taken)} do, so the model is left unpatched. "
+                "`blindsight doctor` shows the versions in use."
+            )
+
+    def unpatch(self) -> None:
+        """Restores the model as it was before `patch`; harmless to repeat."""
+        if getattr(self.model, _HANDLE, None) is not self:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self.model.set_attn_implementation({"text_config": self._previous})  # type: ignore[operator]
+        delattr(self.model, _HANDLE)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unpatch()
+
+    def report(self) -> dict[str, Any]:
+        """What the patch did so far.
+
+        Returns:
+            `state`: "sparse", "measuring" or "unpatched"; `categories`: per layer, heads of each category, None
+            while measuring; `forwards`: how many ran `"sparse"`, `"measured"`, or `"dense: <reason>"`.
+        """
+        patched = getattr(self.model, _HANDLE, None) is self
+        categories = None
+        if self.profile is not None:
+            categories = [{c.name: int((layer == c).sum()) for c in Category} for layer in self.profile.categories]
+        return {
+            "state": "unpatched" if not patched else "sparse" if self.profile is not None else "measuring",
+            "categories": categories,
+            "forwards": dict(self._counts),
+        }
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
+        arguments |= arguments.pop("kwargs", {}) | arguments.pop("lm_kwargs", {})
+        self._refuse(arguments)
+        ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        self._pending = None if ids is None else (ids, past, arguments)
+        prefill, how = None, "sparse"
+        try:
+            if module.training:
+                raise Dense("training mode")
+            layouts, q_start = read_layouts(arguments, self.info.family, self.info.special, self._history)
+            worth_it(layouts, q_start)
+            how, attend = self.mode.prefill(layouts, q_start, arguments)
+            prefill = Prefill(layouts, q_start, attend)
+        except Dense as reason:
+            how = f"dense: {reason}"
+        self._counts[how] += 1
+        current_prefill.set(prefill)
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        prefill = current_prefill.get()
+        current_prefill.set(None)
+        pending, self._pending = self._pending, None
+        if output is None:  # the forward raised
+            return
+        if prefill is not None:
+            if prefill.layers != list(range(self.info.n_layers)):
+                raise RuntimeError(
+                    f"all {self.info.n_layers} layers must call BlindSight's attention, once each. Called: {prefill.layers}. "
+                    "Something replaced the model's attention after patch(); unpatch and patch again."
+                )
+            self.mode = self.mode.after()
+        cache = getattr(output, "past_key_values", None)
+        if pending is not None and cache is not None:
+            self._history.record(cache, pending[1], pending[0])
+
+    def _refuse(self, arguments: dict[str, Any]) -> None:
+        """Refuses what would be silently wrong under a patch."""
+        if arguments.get("output_attentions"):
+            raise ValueError(
+                "a patched model has no attention weights to return: no S x S matrix exists. Got output_attentions=True. "
+                "Call handle.unpatch() first."
+            )
+        if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cache")):
+            raise ValueError(
+                "a patched model takes batches as rows with padding. Got a packed batch (generate_batch, cu_seq_lens_q). "
+                "Call handle.unpatch() first, or use generate."
+            )
+
+
+def patch(
+    model: nn.Module,
+    profile: Profile | str | Path | None = None,
+    *,
+    impl: Implementation = "portable",
+    allow_mismatch: bool = False,
+    template: SinkTemplate | None = None,
+    measure_prompts: int = 4,
+) -> Handle:
+    """Makes a Hugging Face Qwen2-VL, Qwen2.5-VL or Gemma 3 model prefill sparsely.
+
+    With no profile, one made for this very model is looked for (beside the checkpoint, in the user's cache folder,
+    bundled). If there is none, the first multi-image prompts run dense while they are measured; then a profile is
+    frozen from them, saved in the cache folder, and prefills are sparse from there on.
+
+    Args:
+        model: the multimodal model, e.g. `Qwen2_5_VLForConditionalGeneration`, not compiled and not wrapped.
+        profile: a profile, or the path of one.
+        impl: "portable", plain torch on any device; "reference", the float64 oracle, for tests.
+        allow_mismatch: accept a profile of another model with as many layers and heads.
+        template: sinks and local blocks for a profile that is still to be measured; a profile brings its own.
+        measure_prompts: how many prompts to measure before freezing.
+
+    Returns:
+        The handle of the patch. Patching again with the same arguments returns the same handle.
+
+    Raises:
+        ValueError: not a supported model; or the model is patched already, with other arguments.
+        ProfileError: the profile is damaged or belongs to another model.
+        RuntimeError: transformers did not take the patch; the model is unchanged.
+    """
+    asked = (profile if isinstance(profile, Profile | None) else str(profile), impl, allow_mismatch, template, measure_prompts)
+    current = getattr(model, _HANDLE, None)
+    if current is not None:
+        if current.asked == asked:
+            return current
+        raise ValueError(
+            "the model must not be patched already with other arguments. Call unpatch() on the handle that patch() returned."
+        )
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}. Got {impl!r}.")
+    info = inspect_model(model)
+    print_ = fingerprint(model, info)
+    if profile is None:
+        mode = _search(model, info, print_, impl, template, measure_prompts)
+    else:
+        profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+        profile.require(print_, allow_mismatch=allow_mismatch)
+        mode = SparseMode(profile, impl)
+    handle = Handle(model, info, mode)
+    handle.asked = asked
+    handle.install()
+    return handle
+
+
+def _search(
+    model: nn.Module,
+    info: ModelInfo,
+    print_: Fingerprint,
+    impl: Implementation,
+    template: SinkTemplate | None,
+    measure_prompts: int,
+) -> Mode:
+    """Finds the model's profile, or prepares to measure one."""
+    found = find_profile(print_, getattr(model.config, "_name_or_path", None))  # type: ignore[union-attr]
+    if found is None:
+        return Freezer(info, print_, template or SinkTemplate(), measure_prompts, impl)
+    logger.info("using the profile %s", found[1])
+    return SparseMode(found[0], impl)

@@ -1,0 +1,47 @@
+"""Where statistics came from: digests of prompts and data sets, library versions, time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared_profiles.profile import Provenance
+from shared_profiles.statistics import Statistics
+
+
+def prompt_digest(inputs: Mapping[str, Any]) -> str:
+    """A hash of one prompt's tensors, whatever their order, device and memory layout."""
+    digest = hashlib.sha256()
+    for name in sorted(inputs):
+        value = inputs[name]
+        array = value.detach().cpu() if isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
+        digest.update(f"{name}{tuple(array.shape)}{array.dtype}".encode())
+        digest.update(array.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def make_provenance(dataset: str, statistics: Statistics) -> Provenance:
+    """The provenance of a profile made now from these statistics; the data set's hash is that of its prompts."""
+    ids = statistics.prompt_ids
+    return Provenance(
+        dataset=dataset,
+        dataset_hash="sha256:" + hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        n_prompts=len(ids),
+        n_tokens=statistics.n_tokens,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={name: installed(name) for name in ("blindsight", "torch", "transformers", "numpy")},
+    )
+
+
+def installed(package: str) -> str:
+    """The installed version of a package; "source tree" for ourselves when run without installing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "source tree"
