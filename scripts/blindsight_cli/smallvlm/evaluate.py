@@ -1,0 +1,134 @@
+"""Dense against sparse on the same held-out puzzles: accuracy, agreement, KL, kept FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blindsight_cli.report import AccuracyRow, KindAccuracy
+from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle, make_puzzle
+from shared_profiles import Category, Layout, PairCounts, count_model_pairs
+from shared_profiles.profile import Profile
+from torch_blindsight import patch
+from torch_blindsight.models import inspect_model
+
+# Seeds of puzzles, apart from one another so that nothing is measured on what it was chosen on.
+EVALUATION_SEEDS, CALIBRATION_SEEDS = 1_000_000, 2_000_000
+
+
+def make_puzzles(n_images: int, count: int, first_seed: int) -> list[Puzzle]:
+    """`count` puzzles of consecutive seeds, the kinds of question in turn."""
+    return [make_puzzle(n_images, first_seed + i, KINDS[i % len(KINDS)]) for i in range(count)]
+
+
+def to_messages(puzzle: Puzzle) -> list[dict[str, Any]]:
+    """The puzzle as a chat, pictures first."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in puzzle.images]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": puzzle.question.text}]}]
+
+
+def to_inputs(processor: Any, puzzles: Sequence[Puzzle]) -> dict[str, Tensor]:
+    """What the model takes, padded on the left, so that the answer follows every prompt's last token."""
+    return dict(
+        processor.apply_chat_template(
+            [to_messages(puzzle) for puzzle in puzzles],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs=dict(padding=True, padding_side="left"),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Log-probabilities of the next token after each puzzle, `[n, vocabulary]` float32, and the answers they give."""
+
+    log_probs: Tensor
+    answers: tuple[str, ...]
+
+
+@torch.no_grad()
+def answer(model: nn.Module, processor: Any, batches: Sequence[dict[str, Tensor]]) -> Run:
+    """Asks the model, patched or not, every question of the batches."""
+    log_probs = [
+        model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1) for batch in batches
+    ]
+    joined = torch.cat(log_probs)
+    tokens = processor.tokenizer.convert_ids_to_tokens(joined.argmax(-1).tolist())
+    return Run(joined, tuple(tokens))
+
+
+def layouts_of(model: nn.Module, batch: dict[str, Tensor]) -> list[Layout]:
+    """The layout of every row of a batch."""
+    info = inspect_model(model)
+    rows = zip(batch["input_ids"].numpy(), batch["attention_mask"].numpy(), strict=True)
+    both_ways = info.family.bidirectional
+    return [Layout.from_ids(ids, info.special, valid=mask, bidirectional=both_ways) for ids, mask in rows]
+
+
+def kept_share(layouts: Sequence[Layout], profile: Profile, windows: Sequence[int | None]) -> float:
+    """Share of dense attention's query-key pairs that a profile keeps over some prompts, all layers and heads."""
+    kept, dense = PairCounts(0, 0, 0, 0), PairCounts(0, 0, 0, 0)
+    for layout in layouts:
+        kept += count_model_pairs(layout, profile.categories, profile.template, windows=windows)
+        nothing_sparse = np.full_like(profile.categories, Category.DENSE)
+        dense += count_model_pairs(layout, nothing_sparse, profile.template, windows=windows)
+    return kept.total / dense.total
+
+
+def compare(
+    model: nn.Module, processor: Any, profile: Profile, puzzles: Sequence[Puzzle], *, batch_size: int = 32
+) -> tuple[AccuracyRow, Run, Run]:
+    """Asks every question dense and sparse.
+
+    Args:
+        model: the unpatched model.
+        processor: its processor.
+        profile: the profile to judge.
+        puzzles: the questions, all with the same number of images.
+        batch_size: prompts of one forward.
+
+    Returns:
+        The figures, and both runs.
+
+    Raises:
+        ValueError: no puzzles, or of different numbers of images.
+        RuntimeError: a forward that should have run sparse did not.
+    """
+    counts = {len(puzzle.images) for puzzle in puzzles}
+    if len(counts) != 1:
+        raise ValueError(f"puzzles must all have the same number of images, and there must be some. Got {sorted(counts)}.")
+    batches = [to_inputs(processor, puzzles[i : i + batch_size]) for i in range(0, len(puzzles), batch_size)]
+    dense = answer(model, processor, batches)
+    with patch(model, profile) as handle:
+        sparse = answer(model, processor, batches)
+        forwards = handle.report()["forwards"]
+    if profile.categories.any() and forwards != {"sparse": len(batches)}:
+        raise RuntimeError(f"all {len(batches)} forwards must have run sparse. Got {forwards}.")
+    expected = [puzzle.question.answer for puzzle in puzzles]
+    right = np.array([[a == e for a, e in zip(run.answers, expected, strict=True)] for run in (dense, sparse)])
+    kinds = np.array([puzzle.question.kind for puzzle in puzzles])
+    kl = (dense.log_probs.exp() * (dense.log_probs - sparse.log_probs)).sum(-1).mean()
+    layouts = [layout for batch in batches for layout in layouts_of(model, batch)]
+    row = AccuracyRow(
+        n_images=counts.pop(),
+        n_questions=len(puzzles),
+        dense=float(right[0].mean()),
+        sparse=float(right[1].mean()),
+        agreement=float(np.mean([a == b for a, b in zip(dense.answers, sparse.answers, strict=True)])),
+        kl=max(0.0, float(kl)),
+        kept_flops=kept_share(layouts, profile, inspect_model(model).windows),
+        by_kind=tuple(
+            KindAccuracy(kind, int((kinds == kind).sum()), *(float(r[kinds == kind].mean()) for r in right))
+            for kind in KINDS
+            if (kinds == kind).any()
+        ),
+    )
+    return row, dense, sparse

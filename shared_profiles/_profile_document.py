@@ -1,0 +1,134 @@
+"""What stands in a profile's document: the keys of each part, both ways. `FORMAT.md` tells the same in prose."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shared_profiles import _profile_json as form
+from shared_profiles.categories import SPARSE, Category
+from shared_profiles.profile_parts import CurvePoint, Fingerprint, Provenance
+from shared_profiles.summary import Summary
+from shared_profiles.template import SinkTemplate
+
+if TYPE_CHECKING:
+    from shared_profiles.profile import Profile
+
+
+def encode(profile: Profile) -> dict[str, Any]:
+    """A profile as JSON values, without its checksum."""
+    return {
+        "schema": form.SCHEMA,
+        "model": asdict(profile.fingerprint),
+        "categories": [[Category(value).name for value in layer] for layer in profile.categories],
+        "template": {
+            "from_start": [int(offset) for offset in profile.template.from_start],
+            "from_end": [int(offset) for offset in profile.template.from_end],
+            "local_block": int(profile.template.local_block),
+        },
+        "choice": profile.choice,
+        "provenance": None if profile.provenance is None else asdict(profile.provenance),
+        "statistics": None if profile.summary is None else _statistics(profile.summary),
+        "curve": [asdict(point) for point in profile.curve],
+    }
+
+
+def _statistics(summary: Summary) -> dict[str, Any]:
+    tables = {
+        name: {category.name: values.tolist() for category, values in getattr(summary, name).items()}
+        for name in ("mass", "mass_mean", "error", "error_mean")
+    }
+    kept = {category.name: value for category, value in summary.kept.items()}
+    return {"n_prompts": summary.n_prompts, "levels": list(summary.levels), "kept": kept, **tables}
+
+
+def _categories(value: Any, where: str) -> np.ndarray:
+    rows = form.sequence(form.sequence(_category))(value, where)
+    if len(lengths := sorted({len(row) for row in rows})) > 1:
+        form.refuse(where, "a table whose rows are equally long", f"rows of lengths {lengths}")
+    return np.array(rows, dtype=np.int8)
+
+
+def _category(value: Any, where: str) -> Category:
+    if not isinstance(value, str) or value not in Category.__members__:
+        form.refuse(where, f"one of {', '.join(Category.__members__)}", value)
+    return Category[value]
+
+
+def _per_category(decode: form.Decoder) -> form.Decoder:
+    decoders = {category.name: decode for category in SPARSE}
+    return lambda value, where: {Category[k]: v for k, v in form.record(value, where, decoders).items()}
+
+
+def _versions(value: Any, where: str) -> dict[str, str]:
+    return form.record(value, where, dict.fromkeys(value if isinstance(value, dict) else (), form.text))
+
+
+_PARTS: dict[str, form.Decoder] = {
+    "schema": form.text,
+    "checksum": form.text,
+    "model": form.build(
+        Fingerprint,
+        {
+            "family": form.text,
+            "n_layers": form.integer,
+            "n_heads": form.integer,
+            "n_kv_heads": form.integer,
+            "head_dim": form.integer,
+            "digest": form.text,
+        },
+    ),
+    "categories": _categories,
+    "template": form.build(
+        SinkTemplate,
+        {
+            "from_start": form.sequence(form.integer),
+            "from_end": form.sequence(form.integer),
+            "local_block": form.integer,
+        },
+    ),
+    "choice": form.json_value,
+    "provenance": form.optional(
+        form.build(
+            Provenance,
+            {
+                "dataset": form.text,
+                "dataset_hash": form.text,
+                "n_prompts": form.integer,
+                "n_tokens": form.integer,
+                "created": form.text,
+                "versions": _versions,
+            },
+        )
+    ),
+    "statistics": form.optional(
+        form.build(
+            Summary,
+            {
+                "n_prompts": form.integer,
+                "levels": form.sequence(form.number),
+                "mass": _per_category(form.array(3)),
+                "mass_mean": _per_category(form.array(2)),
+                "error": _per_category(form.array(3)),
+                "error_mean": _per_category(form.array(2)),
+                "kept": _per_category(form.number),
+            },
+        )
+    ),
+    "curve": form.sequence(
+        form.build(CurvePoint, {"kept": form.number, "kl": form.number, "accuracy": form.optional(form.number)})
+    ),
+}
+
+
+def decode(document: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the `Profile` that a document describes.
+
+    Raises:
+        ProfileError: a key is missing or unknown, or a value is of the wrong kind or out of its range.
+    """
+    parts = form.record(document, "", _PARTS)
+    names = {"model": "fingerprint", "statistics": "summary"}
+    return {names.get(key, key): part for key, part in parts.items() if key not in ("schema", "checksum")}

@@ -1,0 +1,37 @@
+"""What every test gets: one thread, fixed seeds, no network, and the `gpu` marker."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+# Before torch and transformers are first imported, here or in a subprocess a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share few cores, and sums keep one order
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once, wherever it runs
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# No deadline: a shared machine pauses at will. Derandomized: a red run can be repeated as it was.
+settings.register_profile("house", deadline=None, derandomize=True)
+settings.load_profile("house")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Seeds the global generators; torch only where the test has imported it."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips `gpu` tests where no GPU is usable; torch is imported only if such a test is about to run."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    torch = pytest.importorskip("torch", reason="needs a CUDA GPU, and torch to reach it; torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; torch.cuda.is_available() is False here")
