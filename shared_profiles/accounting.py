@@ -43,9 +43,7 @@ class PairCounts:
 
 
 @lru_cache(maxsize=256)
-def count_pairs(
-    layout: Layout, category: Category, template: SinkTemplate, *, window: int | None = None
-) -> PairCounts:
+def count_pairs(layout: Layout, category: Category, template: SinkTemplate, *, window: int | None = None) -> PairCounts:
     """The pairs that one head of a category keeps on a prompt; `DENSE` gives the model's own count.
 
     Counted row by row from the definition's intervals, in O(N) memory.

@@ -67,7 +67,11 @@ FAMILIES = {
     for family in (
         Family("qwen2_vl", False, _QWEN_KEYS),
         Family("qwen2_5_vl", False, _QWEN_KEYS),
-        Family("gemma3", True, ("boi_token_index|boi_token_id", "eoi_token_index|eoi_token_id", "image_token_index|image_token_id")),
+        Family(
+            "gemma3",
+            True,
+            ("boi_token_index|boi_token_id", "eoi_token_index|eoi_token_id", "image_token_index|image_token_id"),
+        ),
     )
 }
 
@@ -80,5 +84,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """
     name = config.get("model_type")
     if name not in FAMILIES:
-        raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}. Got {name!r}: this family is not supported.")
+        raise ValueError(
+            f"model_type must be one of {', '.join(FAMILIES)}. Got {name!r}: this family is not supported."
+        )
     return FAMILIES[name]

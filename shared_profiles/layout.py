@@ -50,7 +50,9 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.n_tokens:
-            raise ValueError(f"0 <= start <= stop <= n_tokens must hold. Got {self.start}, {self.stop}, {self.n_tokens}.")
+            raise ValueError(
+                f"0 <= start <= stop <= n_tokens must hold. Got {self.start}, {self.stop}, {self.n_tokens}."
+            )
         images = np.array(self.images, dtype=np.int64).reshape(-1, 4)
         images.setflags(write=False)
         object.__setattr__(self, "images", images)
@@ -124,7 +126,9 @@ class Layout:
         """
         ids = np.asarray(ids)
         if ids.ndim != 1:
-            raise ValueError(f"ids must be one sequence [N]. Got shape {ids.shape}. Build one layout per row of a batch.")
+            raise ValueError(
+                f"ids must be one sequence [N]. Got shape {ids.shape}. Build one layout per row of a batch."
+            )
         start, stop = _real_span(len(ids), valid)
         placeholder = ids == special.image
         if special.video is not None:
@@ -188,7 +192,7 @@ def _check_pairs(first: np.ndarray, last: np.ndarray, starts: np.ndarray, ends: 
 
 def _split_videos(images: np.ndarray, is_video: np.ndarray, frames: Sequence[int]) -> np.ndarray:
     """Replaces each video by its frame groups; the first keeps the start delimiter, the last the end delimiter."""
-    rows = []
+    rows: list[tuple[int, ...]] = []
     remaining = iter(frames)
     for (begin, first, last, end), video in zip(images.tolist(), is_video, strict=True):
         groups = int(next(remaining)) if video else 1

@@ -10,7 +10,9 @@ from shared_profiles.template import SinkTemplate
 
 
 @st.composite
-def layouts(draw, max_images: int = 5, max_image: int = 40, bidirectional: bool | None = None, padded: bool = True) -> Layout:
+def layouts(
+    draw, max_images: int = 5, max_image: int = 40, bidirectional: bool | None = None, padded: bool = True
+) -> Layout:
     """Zero to `max_images` images: adjacent, first, last, of one token, with and without delimiters, padded."""
     start = draw(st.integers(0, 5)) if padded else 0
     position, rows = start, []

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import chunks, layouts, templates, windows
 
 from blindsight_kernels.reference import reference_attention
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
+from strategies import chunks, layouts, templates, windows
 from torch_blindsight.portable import portable_attention
 
 
@@ -28,7 +28,9 @@ def test_equals_the_reference(data, template, window, head_counts, seed):
     layout = data.draw(layouts())
     rows = [layout, Layout(layout.n_tokens, layout.start, layout.stop, layout.images[:1], layout.bidirectional)]
     q_start, q_stop = data.draw(chunks(layout))
-    rows = [Layout(q_stop, min(r.start, q_stop), min(r.stop, q_stop), cut(r.images, q_stop), r.bidirectional) for r in rows]
+    rows = [
+        Layout(q_stop, min(r.start, q_stop), min(r.stop, q_stop), cut(r.images, q_stop), r.bidirectional) for r in rows
+    ]
     categories = np.array(data.draw(st.lists(st.integers(0, 3), min_size=heads, max_size=heads)))
     spare = data.draw(st.integers(0, 3))  # a static cache is longer than the prompt
     q, k, v = draw_inputs(seed, 2, heads, kv_heads, q_stop - q_start, q_stop + spare, 16, torch.float64)

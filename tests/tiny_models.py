@@ -67,9 +67,7 @@ def make_model(family: str, seed: int = 0) -> torch.nn.Module:
     vision = patches | dict(
         hidden_size=32, intermediate_size=48, out_hidden_size=64, window_size=16, fullatt_block_indexes=[1]
     )
-    return Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
-    ).eval()
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)).eval()
 
 
 def make_ids(n_images: int, seed: int = 0, text: int = 3) -> list[int]:

@@ -83,8 +83,8 @@ def blindsight_attention(
     if missing > 0:
         if sliding_window is None:
             raise ValueError(
-                f"layer {layer} must get the keys of all {prefill.q_start + query.shape[2]} tokens. Got {key.shape[2]}: "
-                "the cache dropped some. Use a cache that keeps full-attention layers whole."
+                f"layer {layer} must get the keys of all {prefill.q_start + query.shape[2]} tokens. "
+                f"Got {key.shape[2]}: the cache dropped some. Use a cache that keeps full-attention layers whole."
             )
         # A sliding layer's cache holds the last keys only; the others are out of every query's window.
         key, value = (F.pad(x, (0, 0, missing, 0)) for x in (key, value))

@@ -67,7 +67,9 @@ def calibrate(
     model.eval()
     unsaved = skipped = 0
     try:
-        for prompt in tqdm(prompts, desc="calibrating", unit="prompt", disable=None if progress is None else not progress):
+        for prompt in tqdm(
+            prompts, desc="calibrating", unit="prompt", disable=None if progress is None else not progress
+        ):
             prompt_id = prompt_digest(prompt)
             if prompt_id in statistics:
                 continue
@@ -126,7 +128,10 @@ def _measure(model: nn.Module, mode: ObserveMode, prompt: Mapping[str, Any]) -> 
     device = next(model.parameters()).device
     wrong = [name for name, value in prompt.items() if isinstance(value, torch.Tensor) and value.device != device]
     if wrong:
-        raise ValueError(f"prompts must be on the model's device, {device}. Got {', '.join(wrong)} elsewhere; call .to({str(device)!r}).")
+        raise ValueError(
+            f"prompts must be on the model's device, {device}. Got {', '.join(wrong)} elsewhere: "
+            f"call .to({str(device)!r})."
+        )
     mode.observer = None
     model(**prompt, use_cache=False, logits_to_keep=1)
     observer: Observer | None = mode.observer

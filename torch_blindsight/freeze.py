@@ -44,10 +44,12 @@ class Freezer(ObserveMode):
         self._digests: list[str] = []
 
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
+        """Measures this prompt."""
         self._digests = [prompt_digest({"input_ids": row}) for row in arguments["input_ids"]]
         return super().prefill(layouts, q_start, arguments)
 
     def after(self) -> Mode:
+        """Takes the records of the prefill that just ended; sparse once there are enough."""
         assert self.observer is not None
         for digest, record in zip(self._digests, self.observer.records(), strict=True):
             if record is not None:
@@ -72,11 +74,15 @@ class Freezer(ObserveMode):
     def _save(self, profile: Profile) -> None:
         path = cache_path(self.fingerprint)
         counts = ", ".join(f"{n} {category.name}" for category, n in profile.counts().items())
-        measured = f"measured {len(self.statistics)} prompts and froze a profile ({counts}); prefills are sparse from now on"
+        measured = (
+            f"measured {len(self.statistics)} prompts and froze a profile ({counts}); prefills are sparse from now on"
+        )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             profile.save(path)
         except OSError as error:  # serving goes on: the profile is in memory, and the user is told how to keep it
-            logger.error("%s, but it could not be saved: %s. Call handle.profile.save(path) to keep it.", measured, error)
+            logger.error(
+                "%s, but it could not be saved: %s. Call handle.profile.save(path) to keep it.", measured, error
+            )
             return
         logger.warning("%s; saved as %s", measured, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,7 @@ class ModelInfo:
 
     family: Family
     special: SpecialTokens
-    attentions: tuple[nn.Module, ...]
+    attentions: tuple[Any, ...]
     windows: tuple[int | None, ...]
     n_heads: int
     n_kv_heads: int
@@ -58,7 +59,7 @@ def inspect_model(model: nn.Module) -> ModelInfo:
         ValueError: not a Hugging Face model of a supported family, or wrapped or compiled.
     """
     _refuse_wrapped(model)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(
             f"the model must be a Hugging Face transformers model. Got {type(model).__name__}, which has no config."
@@ -71,7 +72,9 @@ def inspect_model(model: nn.Module) -> ModelInfo:
             f"the model must be the multimodal one, which sees the images. Got the language model alone, "
             f"{type(model).__name__}. Pass the ...ForConditionalGeneration model."
         )
-    attentions = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj") and hasattr(m, "k_proj")]
+    attentions = [
+        m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj") and hasattr(m, "k_proj")
+    ]
     attentions.sort(key=lambda m: int(m.layer_idx))  # type: ignore[arg-type]
     if [m.layer_idx for m in attentions] != list(range(text.num_hidden_layers)):
         raise ValueError(
@@ -95,7 +98,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
     """Refuses wrappers, under which hooks on the outermost module would not see a forward's arguments."""
     kind = type(model).__name__
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError(f"the model must not be compiled. Got a compiled {kind}. Patch the model before compiling its parts.")
+        raise ValueError(
+            f"the model must not be compiled. Got a compiled {kind}. Patch the model before compiling its parts."
+        )
     if isinstance(getattr(model, "module", None), nn.Module) or hasattr(model, "get_base_model"):
         raise ValueError(f"the model must not be wrapped. Got {kind}. Patch the model inside it, then wrap.")
 
@@ -114,13 +119,14 @@ def fingerprint(model: nn.Module, info: ModelInfo | None = None) -> Fingerprint:
         ValueError: see `inspect_model`; or weights that are not loaded (meta device).
     """
     info = info or inspect_model(model)
-    text = model.config.get_text_config().to_dict()  # type: ignore[union-attr]
+    config: Any = model.config
+    text = config.get_text_config().to_dict()
     settings = {key: text.get(key) for key in _TEXT_KEYS}
     digest = hashlib.sha256(json.dumps([info.family.name, settings], sort_keys=True, default=str).encode())
     for attention in info.attentions:
         for projection in (attention.q_proj, attention.k_proj):
             # PEFT and quantizers keep the layer they wrap in `base_layer`.
-            weight = getattr(projection, "base_layer", projection).weight  # type: ignore[union-attr]
+            weight = getattr(projection, "base_layer", projection).weight
             if weight.device.type == "meta":
                 raise ValueError("the model's weights must be loaded. Got weights on the meta device.")
             digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())

@@ -39,16 +39,20 @@ class SparseMode:
         self._all_dense = not profile.categories.any()
 
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
+        """Computes this prompt sparsely."""
         if self._all_dense:
             raise Dense("all heads are Dense")
         return "sparse", self._attend
 
     def after(self) -> Mode:
+        """Stays sparse."""
         return self
 
 
 def _portable(profile: Profile) -> AttendLayer:
-    def attend(prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
         heads, layouts = profile.categories[layer], prefill.layouts
         out, _ = portable_attention(
             q, k, v, layouts, heads, profile.template, scale=scale, window=window, q_start=prefill.q_start
@@ -59,11 +63,13 @@ def _portable(profile: Profile) -> AttendLayer:
 
 
 def _reference(profile: Profile) -> AttendLayer:
-    def attend(prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
         heads, layouts = profile.categories[layer], prefill.layouts
-        arrays = (x.detach().double().cpu().numpy() for x in (q, k, v))
+        q64, k64, v64 = (x.detach().double().cpu().numpy() for x in (q, k, v))
         out, _ = reference_attention(
-            *arrays, layouts, heads, profile.template, scale=scale, window=window, q_start=prefill.q_start
+            q64, k64, v64, layouts, heads, profile.template, scale=scale, window=window, q_start=prefill.q_start
         )
         return q.new_tensor(np.ascontiguousarray(out.transpose(0, 2, 1, 3)))
 

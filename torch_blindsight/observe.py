@@ -40,12 +40,14 @@ class ObserveMode:
         self.observer: Observer | None = None
 
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
+        """Measures this prompt."""
         if q_start:
             raise Dense("only whole prompts are measured")
         self.observer = Observer(layouts, self.info.n_layers, self.info.n_heads, self.template)
         return "measured", self.observer.attend
 
     def after(self) -> Mode:
+        """Goes on measuring."""
         return self
 
 

@@ -43,14 +43,14 @@ class Handle:
     """
 
     def __init__(self, model: nn.Module, info: ModelInfo, mode: Mode) -> None:
-        self.model, self.info, self.mode = model, info, mode
+        self.model: Any = model  # nn.Module does not know transformers' methods
+        self.info, self.mode = info, mode
         self.asked: tuple | None = None
         self._history = TokenHistory()
         self._counts: Counter[str] = Counter()
         self._signature = inspect.signature(model.forward)
         self._pending: tuple[Tensor, int, dict[str, Any]] | None = None
-        text = model.config.get_text_config()  # type: ignore[union-attr]
-        self._previous = text._attn_implementation
+        self._previous = self.model.config.get_text_config()._attn_implementation
         self._hooks: list[Any] = []
 
     @property
@@ -65,17 +65,18 @@ class Handle:
             RuntimeError: transformers did not take it.
         """
         register()
-        self.model.set_attn_implementation({"text_config": NAME})  # type: ignore[operator]
+        self.model.set_attn_implementation({"text_config": NAME})
         self._hooks = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
         setattr(self.model, _HANDLE, self)
-        taken = [m.config._attn_implementation == NAME for m in self.info.attentions]  # type: ignore[union-attr]
+        taken = [m.config._attn_implementation == NAME for m in self.info.attentions]
         if not all(taken) or not registered():
             self.unpatch()
             raise RuntimeError(
-                f"all {len(taken)} layers must call BlindSight's attention. {sum(taken)} do, so the model is left unpatched. "
+                f"all {len(taken)} layers must call BlindSight's attention. {sum(taken)} do, so the model "
+                "is left unpatched. "
                 "`blindsight doctor` shows the versions in use."
             )
 
@@ -86,7 +87,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self.model.set_attn_implementation({"text_config": self._previous})  # type: ignore[operator]
+        self.model.set_attn_implementation({"text_config": self._previous})
         delattr(self.model, _HANDLE)
 
     def __enter__(self) -> Handle:
@@ -141,7 +142,8 @@ class Handle:
         if prefill is not None:
             if prefill.layers != list(range(self.info.n_layers)):
                 raise RuntimeError(
-                    f"all {self.info.n_layers} layers must call BlindSight's attention, once each. Called: {prefill.layers}. "
+                    f"all {self.info.n_layers} layers must call BlindSight's attention, once each. "
+                    f"Called: {prefill.layers}. "
                     "Something replaced the model's attention after patch(); unpatch and patch again."
                 )
             self.mode = self.mode.after()
@@ -153,12 +155,14 @@ class Handle:
         """Refuses what would be silently wrong under a patch."""
         if arguments.get("output_attentions"):
             raise ValueError(
-                "a patched model has no attention weights to return: no S x S matrix exists. Got output_attentions=True. "
+                "a patched model has no attention weights to return: no S x S matrix exists. "
+                "Got output_attentions=True. "
                 "Call handle.unpatch() first."
             )
         if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cache")):
             raise ValueError(
-                "a patched model takes batches as rows with padding. Got a packed batch (generate_batch, cu_seq_lens_q). "
+                "a patched model takes batches as rows with padding. "
+                "Got a packed batch (generate_batch, cu_seq_lens_q). "
                 "Call handle.unpatch() first, or use generate."
             )
 
@@ -194,13 +198,20 @@ def patch(
         ProfileError: the profile is damaged or belongs to another model.
         RuntimeError: transformers did not take the patch; the model is unchanged.
     """
-    asked = (profile if isinstance(profile, Profile | None) else str(profile), impl, allow_mismatch, template, measure_prompts)
+    asked = (
+        profile if isinstance(profile, Profile | None) else str(profile),
+        impl,
+        allow_mismatch,
+        template,
+        measure_prompts,
+    )
     current = getattr(model, _HANDLE, None)
     if current is not None:
         if current.asked == asked:
             return current
         raise ValueError(
-            "the model must not be patched already with other arguments. Call unpatch() on the handle that patch() returned."
+            "the model must not be patched already with other arguments. "
+            "Call unpatch() on the handle that patch() returned."
         )
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}. Got {impl!r}.")
@@ -227,7 +238,7 @@ def _search(
     measure_prompts: int,
 ) -> Mode:
     """Finds the model's profile, or prepares to measure one."""
-    found = find_profile(print_, getattr(model.config, "_name_or_path", None))  # type: ignore[union-attr]
+    found = find_profile(print_, getattr(model.config, "_name_or_path", None))
     if found is None:
         return Freezer(info, print_, template or SinkTemplate(), measure_prompts, impl)
     logger.info("using the profile %s", found[1])

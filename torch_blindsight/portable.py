@@ -99,7 +99,10 @@ class _Rows:
         if whole and first == layout.start:
             if first < last:
                 q, k, v = self.q[:, :, first - self.q_start :], self.k[:, :, first:last], self.v[:, :, first:last]
-                yield slice(first - self.q_start, last - self.q_start), *_attend(q[:, :, : last - first], k, v, self.scale, causal=True)
+                yield (
+                    slice(first - self.q_start, last - self.q_start),
+                    *_attend(q[:, :, : last - first], k, v, self.scale, causal=True),
+                )
             return
         yield from self._text(layout.textual_rows)
         packed = packed_positions(layout, category, template)
@@ -120,7 +123,10 @@ class _Rows:
                 n_keys = len(positions) if layout.bidirectional else len(positions) - (stop - e)
                 bias = self._bias(np.arange(s, e), positions[:n_keys], both_ways=layout.bidirectional)
                 queries = slice(s - self.q_start, e - self.q_start)
-                yield queries, *_attend(self.q[:, :, queries], k[:, :, :n_keys], v[:, :, :n_keys], self.scale, bias=bias)
+                yield (
+                    queries,
+                    *_attend(self.q[:, :, queries], k[:, :, :n_keys], v[:, :, :n_keys], self.scale, bias=bias),
+                )
 
     def _text(self, rows: np.ndarray) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
         """Text and delimiter rows: everything before them, inside the window."""
@@ -130,7 +136,10 @@ class _Rows:
             hi = int(block[-1]) + 1
             queries = torch.from_numpy(block - self.q_start).to(self.q.device)
             bias = self._bias(block, np.arange(lo, hi), both_ways=False)
-            yield queries, *_attend(self.q[:, :, queries], self.k[:, :, lo:hi], self.v[:, :, lo:hi], self.scale, bias=bias)
+            yield (
+                queries,
+                *_attend(self.q[:, :, queries], self.k[:, :, lo:hi], self.v[:, :, lo:hi], self.scale, bias=bias),
+            )
 
     def _bias(self, rows: np.ndarray, keys: np.ndarray, *, both_ways: bool) -> Tensor | None:
         """Zero where a row may look and -inf where it may not: `[rows, keys]`; None if it may look everywhere."""
@@ -226,8 +235,8 @@ def _check(
         )
     if len(layouts) != q.shape[0] or any(layout.n_tokens != stop for layout in layouts) or k.shape[2] < stop:
         raise ValueError(
-            f"there must be {q.shape[0]} layouts of q_start + T = {stop} tokens, and at least as many keys. Got layouts of "
-            f"{[layout.n_tokens for layout in layouts]} tokens and {k.shape[2]} keys."
+            f"there must be {q.shape[0]} layouts of q_start + T = {stop} tokens, and at least as many "
+            f"keys. Got layouts of {[layout.n_tokens for layout in layouts]} tokens and {k.shape[2]} keys."
         )
     if len(categories) != q.shape[1]:
         raise ValueError(f"categories must hold one category per query head, H={q.shape[1]}. Got {len(categories)}.")

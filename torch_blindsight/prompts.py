@@ -13,7 +13,7 @@ from torch import Tensor
 from shared_profiles import Family, Layout, SpecialTokens
 
 
-class Dense(Exception):  # noqa: N818 - not an error: it carries why a forward runs dense
+class Dense(Exception):
     """This forward runs dense; the message is the reason that `Handle.report` counts."""
 
 
@@ -120,9 +120,7 @@ def _frames(rows: np.ndarray, special: SpecialTokens, arguments: Mapping[str, An
     counts = []
     for b, row in enumerate(runs):
         # Every frame group starts at the same height and width.
-        counts.append(
-            [int(((height[b, s:e] == height[b, s]) & (width[b, s:e] == width[b, s])).sum()) for s, e in row]
-        )
+        counts.append([int(((height[b, s:e] == height[b, s]) & (width[b, s:e] == width[b, s])).sum()) for s, e in row])
     return counts
 
 

@@ -1,4 +1,4 @@
-"""The reference attention: NumPy, float64, one boolean mask a head. Slow, obvious, and what kernels are tested against."""
+"""The reference attention: NumPy, float64, one boolean mask a head; what kernels are tested against."""
 
 from __future__ import annotations
 

@@ -104,7 +104,9 @@ def compare(
     """
     counts = {len(puzzle.images) for puzzle in puzzles}
     if len(counts) != 1:
-        raise ValueError(f"puzzles must all have the same number of images, and there must be some. Got {sorted(counts)}.")
+        raise ValueError(
+            f"puzzles must all have the same number of images, and there must be some. Got {sorted(counts)}."
+        )
     batches = [to_inputs(processor, puzzles[i : i + batch_size]) for i in range(0, len(puzzles), batch_size)]
     dense = answer(model, processor, batches)
     with patch(model, profile) as handle:

@@ -104,7 +104,9 @@ def ask(kind: str, colors: np.ndarray, shapes: np.ndarray, rng: np.random.Genera
     if kind == "shape":
         return Question(kind, f"What shape is image {i + 1}?", SHAPES[shapes[i]])
     if kind == "which":
-        color, shape = (colors[i], shapes[i]) if rng.random() < 0.8 else (rng.integers(len(COLORS)), rng.integers(len(SHAPES)))
+        color, shape = (
+            (colors[i], shapes[i]) if rng.random() < 0.8 else (rng.integers(len(COLORS)), rng.integers(len(SHAPES)))
+        )
         hits = np.flatnonzero((colors == color) & (shapes == shape))
         answer = str(hits[0] + 1) if len(hits) else "none"
         return Question(kind, f"Which image is the first {_COLOR_NAMES[color]} {SHAPES[shape]}?", answer)

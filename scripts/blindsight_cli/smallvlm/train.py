@@ -190,6 +190,7 @@ def save(model: Qwen2_5_VLForConditionalGeneration, out: Path, record: dict) -> 
 
 
 def main() -> None:
+    """Reads the command line and trains."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5500)
