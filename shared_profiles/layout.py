@@ -37,6 +37,8 @@ class Layout:
         images: `[n_images, 4]` int64, columns `begin, first, last, end`. The image's tokens are `[first, last)`; its
             start delimiter is `[begin, first)`, empty where it has none; its end delimiter `[last, end)` likewise.
         bidirectional: whether an image's tokens look at later tokens of the same image.
+        unfinished: the last image goes on beyond the sequence, as in a chunk of a prompt; which of its tokens are
+            sinks counted from its end is not known yet.
 
     Raises:
         ValueError: images out of order, overlapping, empty, or outside `[start, stop)`.
@@ -47,6 +49,7 @@ class Layout:
     stop: int
     images: np.ndarray
     bidirectional: bool = False
+    unfinished: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.n_tokens:
@@ -73,7 +76,7 @@ class Layout:
     @cached_property
     def key(self) -> tuple:
         """A hashable value equal for equal layouts."""
-        return self.n_tokens, self.start, self.stop, self.bidirectional, self.images.tobytes()
+        return self.n_tokens, self.start, self.stop, self.bidirectional, self.unfinished, self.images.tobytes()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and self.key == other.key
@@ -96,7 +99,9 @@ class Layout:
         begin, first, last, end = self.images.T
         from_start = begin[:, None] + np.array(template.from_start, dtype=np.int64)
         from_end = end[:, None] - np.array(template.from_end, dtype=np.int64)
-        inside = np.concatenate([from_start[from_start < end[:, None]], from_end[from_end >= begin[:, None]]])
+        is_sink = from_end >= begin[:, None]
+        is_sink[len(is_sink) - self.unfinished :] = False
+        inside = np.concatenate([from_start[from_start < end[:, None]], from_end[is_sink]])
         return np.unique(np.concatenate([inside, concatenated_ranges(begin, first), concatenated_ranges(last, end)]))
 
     @classmethod
@@ -110,7 +115,9 @@ class Layout:
         bidirectional: bool = False,
         unfinished: bool = False,
     ) -> Layout:
-        """Finds the images of one sequence.
+        """Finds the images of one sequence: runs of placeholders, and the delimiter on either side of each.
+
+        Delimiters anywhere else are text: a user may type one, and a model may generate one.
 
         Args:
             ids: `[N]` integer token ids, placeholders expanded: one per image token.
@@ -121,8 +128,8 @@ class Layout:
             unfinished: the sequence is the beginning of a prompt, so its last image may lack its end.
 
         Raises:
-            ValueError: delimiters and placeholders do not pair up, a video's tokens do not divide into its frame
-                groups, `frames` has another length than there are videos, or `valid` has holes.
+            ValueError: a run of placeholders lacks a delimiter, a video's tokens do not divide into its frame groups,
+                `frames` has another length than there are videos, or `valid` has holes.
         """
         ids = np.asarray(ids)
         if ids.ndim != 1:
@@ -137,24 +144,21 @@ class Layout:
         edges = np.flatnonzero(np.diff(placeholder, prepend=False, append=False))
         first, last = edges[::2], edges[1::2]
 
-        starts = np.flatnonzero(ids[start:stop] == special.start) + start
-        ends = np.flatnonzero(ids[start:stop] == special.end) + start
-        if unfinished and len(starts) == len(ends) + 1:
-            if starts[-1] == stop - 1:
-                starts = starts[:-1]  # the image's tokens are still to come; its delimiter is text so far
-            else:
-                ends = np.append(ends, stop)
-        _check_pairs(first, last, starts, ends)
+        opened = (first > start) & (ids[first - 1] == special.start)
+        closed = (last < stop) & (ids[np.minimum(last, stop - 1)] == special.end)
+        cut = bool(unfinished and len(last) and last[-1] == stop)
+        closed[len(closed) - cut :] = True
+        _check_delimiters(first, last, opened, closed)
         is_video = ids[first] == special.video if special.video is not None else np.zeros(len(first), dtype=bool)
         if is_video.sum() != len(frames):
             raise ValueError(
                 f"frames must state the number of frame groups of each of the {is_video.sum()} videos. Got "
                 f"{len(frames)} numbers. Pass the first column of video_grid_thw."
             )
-        images = np.stack([starts, first, last, np.minimum(ends + 1, stop)], axis=1)
+        images = np.stack([first - 1, first, last, np.minimum(last + 1, stop)], axis=1)
         if len(frames):
             images = _split_videos(images, is_video, frames)
-        return cls(len(ids), start, stop, images, bidirectional)
+        return cls(len(ids), start, stop, images, bidirectional, cut)
 
 
 def _real_span(n: int, valid: Sequence[int] | np.ndarray | None) -> tuple[int, int]:
@@ -173,20 +177,15 @@ def _real_span(n: int, valid: Sequence[int] | np.ndarray | None) -> tuple[int, i
     return start, stop
 
 
-def _check_pairs(first: np.ndarray, last: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+def _check_delimiters(first: np.ndarray, last: np.ndarray, opened: np.ndarray, closed: np.ndarray) -> None:
     """Demands that every run of placeholders stands right between a start and an end delimiter."""
-    if not len(starts) == len(ends) == len(first):
-        raise ValueError(
-            "every image must be <start> placeholders <end>. Got "
-            f"{len(starts)} start delimiters, {len(first)} runs of placeholders, {len(ends)} end delimiters. "
-            "Use the ids that the model's processor returns, uncut."
-        )
-    wrong = np.flatnonzero((starts + 1 != first) | (last != ends))
+    wrong = np.flatnonzero(~(opened & closed))
     if len(wrong):
         i = int(wrong[0])
+        lacking = " and ".join([*["start before"] * (not opened[i]), *["end after"] * (not closed[i])])
         raise ValueError(
-            f"every image must be <start> placeholders <end>. Got image {i} with its start delimiter at {starts[i]}, "
-            f"placeholders at [{first[i]}, {last[i]}) and its end delimiter at {ends[i]}."
+            f"every image must be <start> placeholders <end>. Got image {i}, placeholders at [{first[i]}, {last[i]}), "
+            f"with no {lacking} it. Use the ids that the model's processor returns, uncut."
         )
 
 

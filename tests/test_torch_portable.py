@@ -53,6 +53,20 @@ def three_images(bidirectional: bool) -> Layout:
     return Layout(311, 0, 311, np.array(rows), bidirectional)
 
 
+@pytest.mark.parametrize("window", [None, 50], ids=["full", "window50"])
+@pytest.mark.parametrize("q_start", [0, 90], ids=["whole", "chunk"])
+def test_long_text_and_long_images_equal_the_reference(q_start, window):
+    """Blocks of every kind: long runs of text, gathered short ones, images of several blocks."""
+    layout = Layout(820, 0, 820, np.array([(130, 131, 331, 332), (333, 334, 434, 435), (435, 436, 736, 737)]))
+    q, k, v = draw_inputs(2, 1, 4, 2, 820 - q_start, 820, 16, torch.float64)
+    arguments = dict(scale=0.3, window=window, q_start=q_start)
+    template = SinkTemplate(local_block=128)
+    out, lse = portable_attention(q, k, v, [layout], [0, 1, 2, 3], template, **arguments)
+    want, want_lse = reference_attention(*(x.numpy() for x in (q, k, v)), [layout], [0, 1, 2, 3], template, **arguments)
+    np.testing.assert_allclose(out.transpose(1, 2).numpy(), want, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(lse.numpy(), want_lse, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("window", [None, 100], ids=["full", "window100"])

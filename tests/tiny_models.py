@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import numpy as np
 import torch
 from transformers import (
     Gemma3Config,
@@ -11,6 +14,10 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+
+from shared_profiles import SinkTemplate
+from shared_profiles.profile import Profile
+from torch_blindsight import fingerprint
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "gemma3")
 START, END, IMAGE, VIDEO, PAD = 3, 4, 5, 6, 0
@@ -98,3 +105,38 @@ def make_inputs(family: str, prompts: list[list[int]], seed: int = 0, left: bool
         return inputs | dict(pixel_values=torch.randn(n_images, 3, 32, 32), token_type_ids=is_image)
     grid = torch.tensor([[1, 8, 8]]).repeat(n_images, 1)
     return inputs | dict(pixel_values=torch.randn(64 * n_images, 96), image_grid_thw=grid, mm_token_type_ids=is_image)
+
+
+def make_video_inputs(frames: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """One Qwen prompt of videos with these numbers of frame groups, text between them, with random pictures."""
+    torch.manual_seed(seed)
+    ids, words = [1, 10, 11], iter(range(20, 90))
+    for groups in frames:
+        ids += [START, *[VIDEO] * (IMAGE_TOKENS * groups), END, next(words), next(words)]
+    row = torch.tensor([ids])
+    return dict(
+        input_ids=row,
+        attention_mask=torch.ones_like(row),
+        pixel_values_videos=torch.randn(64 * sum(frames), 96),
+        video_grid_thw=torch.tensor([[groups, 8, 8] for groups in frames]),
+        mm_token_type_ids=2 * (row == VIDEO).long(),
+    )
+
+
+def mixed_profile(model: torch.nn.Module, seed: int = 0, template: SinkTemplate | None = None) -> Profile:
+    """A profile with all four categories in every layer, in an order drawn from the seed."""
+    rng = np.random.default_rng(seed)
+    categories = np.stack([rng.permutation(4) for _ in range(4)])
+    template = template or SinkTemplate((0, 1), (1, 2), 8)
+    return Profile(categories, template, fingerprint(model), None, {"method": "manual"})
+
+
+@cache
+def double_model(family: str) -> torch.nn.Module:
+    """The family's model in float64, where implementations of one formula agree to 1e-9; shared, so leave it unpatched."""
+    return make_model(family).double()
+
+
+def in_double(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs with their pictures in float64."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}

@@ -63,13 +63,14 @@ def calibrate(
     mode = ObserveMode(info, template)
     handle = Handle(model, info, mode)
     handle.install()
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     unsaved = skipped = 0
     try:
         for prompt in tqdm(
             prompts, desc="calibrating", unit="prompt", disable=None if progress is None else not progress
         ):
+            _check_prompt(model, prompt)
             prompt_id = prompt_digest(prompt)
             if prompt_id in statistics:
                 continue
@@ -84,7 +85,8 @@ def calibrate(
                 unsaved = 0
     finally:
         handle.unpatch()
-        model.train(was_training)
+        for module in training:
+            module.training = True
         if state is not None and unsaved:
             statistics.save(state)
     if not len(statistics):
@@ -116,9 +118,8 @@ def _origin(digest: str, template: SinkTemplate) -> str:
     return f"{digest} {template.from_start} {template.from_end} {template.local_block}"
 
 
-@torch.no_grad()
-def _measure(model: nn.Module, mode: ObserveMode, prompt: Mapping[str, Any]) -> PromptStatistics | None:
-    """Runs one prompt; None if it has fewer than two images."""
+def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
+    """Refuses what is not one prompt on the model's device."""
     ids = prompt.get("input_ids")
     if ids is None or ids.ndim != 2 or len(ids) != 1:
         raise ValueError(
@@ -132,6 +133,11 @@ def _measure(model: nn.Module, mode: ObserveMode, prompt: Mapping[str, Any]) -> 
             f"prompts must be on the model's device, {device}. Got {', '.join(wrong)} elsewhere: "
             f"call .to({str(device)!r})."
         )
+
+
+@torch.no_grad()
+def _measure(model: nn.Module, mode: ObserveMode, prompt: Mapping[str, Any]) -> PromptStatistics | None:
+    """Runs one prompt; None if it has fewer than two images."""
     mode.observer = None
     model(**prompt, use_cache=False, logits_to_keep=1)
     observer: Observer | None = mode.observer

@@ -19,7 +19,7 @@ FILE_NAME = "blindsight_profile.json"
 def cache_path(fingerprint: Fingerprint) -> Path:
     """The file of a model's profile in the user's cache folder."""
     root = os.environ.get("BLINDSIGHT_CACHE")
-    if root is None:
+    if not root:
         root = os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "blindsight")
     return Path(root) / "profiles" / f"{fingerprint.family}-{fingerprint.digest.removeprefix('sha256:')[:24]}.json"
 

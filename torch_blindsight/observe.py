@@ -89,7 +89,8 @@ class Observer:
                     continue
                 index = torch.from_numpy(rows).to(q.device)
                 reference = dense[b, index].float()  # [n, H, D]
-                change = (sparse[b, index].float() - reference).norm(dim=-1) / reference.norm(dim=-1)
+                change = (sparse[b, index].float() - reference).norm(dim=-1)  # [n, H]
+                change = torch.where(change == 0, 0.0, change / reference.norm(dim=-1))  # a pruned head is all zeros
                 mass = torch.exp(lse[b][:, index] - dense_lse[b][:, index])  # [H, n]
                 self.mass[b, c, layer] = mass.double().mean(1).cpu().numpy()
                 self.error[b, c, layer] = change.double().mean(0).cpu().numpy()

@@ -50,7 +50,8 @@ class Handle:
         self._counts: Counter[str] = Counter()
         self._signature = inspect.signature(model.forward)
         self._pending: tuple[Tensor, int, dict[str, Any]] | None = None
-        self._previous = self.model.config.get_text_config()._attn_implementation
+        config: Any = model.config
+        self._previous = config.get_text_config()._attn_implementation
         self._hooks: list[Any] = []
 
     @property

@@ -1,6 +1,6 @@
 """Sparse prefill attention in plain torch, on any device: the same rule as the kernels, one block of rows at a time.
 
-A block is up to `_BLOCK_ROWS` rows of one image (or local block). It reads `[packed keys | keys of its range]`, joined
+A block is some rows of one image (or local block). It reads `[packed keys | keys of its range]`, joined
 once per image, in one call of the fused attention with a small additive bias: the causal triangle at the end, the
 sliding window at the front. Text rows are gathered into blocks of their own. A whole causal sequence of dense heads
 is one fused call. Nothing is merged, and memory grows with the prompt, never with its square.
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from shared_profiles import Category, Layout, SinkTemplate, image_tiles, packed_positions
 
-# The fused CPU attention computes whole rectangles, so fewer rows waste less of the causal triangle; from 192 rows on
-# it multiplies 64 rows at a time instead of 32 (measured: 139 against 123 GFLOP/s on two cores).
-_BLOCK_ROWS = 192
-# Gathered text rows reach far back: fewer of them bound the bias to this many rows times the prompt.
-_TEXT_ROWS = 32
+# The fused CPU attention computes whole rectangles: fewer rows waste less of the causal triangle, but from 192 rows on
+# it multiplies 64 rows at a time instead of 32. Measured best: 96 rows for images of 512 tokens, 256 for 2,048.
+_SHORT_BLOCK, _LONG_BLOCK, _LONG_IMAGE = 96, 256, 1024
+# Text rows reach far back. A long run of them is cut into blocks of its own; short runs are gathered, a few rows at a
+# time, because the block reaches as far as its last row.
+_LONG_TEXT, _TEXT_ROWS = 64, 16
+# Entries of a text block's bias at most, unless `_TEXT_ROWS` rows have more.
+_BIAS_ENTRIES = 1 << 24
 # Scores held at once by the unfused attention of devices other than the CPU.
 _SCORES_AT_ONCE = 1 << 26
 
@@ -118,8 +121,9 @@ class _Rows:
                 k = torch.cat([packed_k[:, :, p_start:p_stop], k], dim=2)
                 v = torch.cat([packed_v[:, :, p_start:p_stop], v], dim=2)
             positions = np.r_[packed[p_start:p_stop], lo:hi]
-            for s in range(start, stop, _BLOCK_ROWS):
-                e = min(s + _BLOCK_ROWS, stop)
+            step = _block_rows(stop - start)
+            for s in range(start, stop, step):
+                e = min(s + step, stop)
                 n_keys = len(positions) if layout.bidirectional else len(positions) - (stop - e)
                 bias = self._bias(np.arange(s, e), positions[:n_keys], both_ways=layout.bidirectional)
                 queries = slice(s - self.q_start, e - self.q_start)
@@ -130,8 +134,7 @@ class _Rows:
 
     def _text(self, rows: np.ndarray) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
         """Text and delimiter rows: everything before them, inside the window."""
-        rows = rows[(rows >= self.q_start) & (rows < self.q_stop)]
-        for block in np.split(rows, range(_TEXT_ROWS, len(rows), _TEXT_ROWS)) if len(rows) else ():
+        for block in _text_blocks(rows[(rows >= self.q_start) & (rows < self.q_stop)]):
             lo = self.layout.start if self.window is None else max(self.layout.start, int(block[0]) - self.window + 1)
             hi = int(block[-1]) + 1
             queries = torch.from_numpy(block - self.q_start).to(self.q.device)
@@ -166,6 +169,24 @@ class _Rows:
             wide[:, -n_rows:] = torch.full_like(wide[:, -n_rows:], -torch.inf).triu_(1)
             self.triangles[n_rows] = wide
         return wide[:, wide.shape[1] - n_keys :]
+
+
+def _text_blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Cuts ascending positions into blocks; see `_LONG_TEXT`."""
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+    short = [run for run in runs if len(run) < _LONG_TEXT]
+    gathered = np.concatenate(short) if short else rows[:0]
+    for run in [gathered, *(run for run in runs if len(run) >= _LONG_TEXT)]:
+        step = _TEXT_ROWS
+        if len(run) and run is not gathered:
+            step = max(_TEXT_ROWS, min(_block_rows(len(run)), _BIAS_ENTRIES // int(run[-1] + 1)))
+        yield from np.split(run, range(step, len(run), step)) if len(run) else ()
+
+
+def _block_rows(n_rows: int) -> int:
+    """Rows of a block, so that the blocks of one image are of nearly equal size."""
+    target = _SHORT_BLOCK if n_rows < _LONG_IMAGE else _LONG_BLOCK
+    return -(-n_rows // max(1, round(n_rows / target)))
 
 
 def _attend(

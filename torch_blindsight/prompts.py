@@ -37,7 +37,9 @@ class TokenHistory:
         """Notes that `ids` `[B, T]` now follow the first `length` tokens of the cache."""
         chunks = self._ids.get(cache, [])
         known = sum(c.shape[1] for c in chunks)
-        if known == length:
+        if chunks and len(chunks[0]) != len(ids):  # rows of the cache were repeated or selected
+            self._ids.pop(cache)
+        elif known == length:
             self._ids.setdefault(cache, chunks).append(ids)
         elif known > length:  # the cache was cropped
             self._ids[cache] = [torch.cat(chunks, dim=1)[:, :length], ids]
@@ -71,24 +73,28 @@ def read_layouts(
         raise Dense("decode step")
     if getattr(cache, "is_compileable", False):
         raise Dense("static cache")
+    if _packed(arguments):
+        raise Dense("several sequences in one row")
     mask = arguments.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + ids.shape[1]):
         raise Dense("attention_mask is not [batch, tokens]")
     if past:
         before = history.before(cache, past)
-        if before is None:
+        if before is None or len(before) != len(ids):
             raise Dense("tokens in the cache are unknown")
         ids = torch.cat([before.to(ids.device), ids], dim=1)
     valid = None if mask is None else mask.cpu().numpy()
     rows = ids.cpu().numpy()
-    frames = _frames(rows, special, arguments, past)
+    frames = _frames(rows, valid, special, arguments, past)
+    # Gemma 3 looks both ways where token_type_ids say so; generate leaves them out of a chunked prefill.
+    bidirectional = family.bidirectional and arguments.get("token_type_ids") is not None
     layouts = [
         Layout.from_ids(
             row,
             special,
             valid=None if valid is None else valid[b],
             frames=frames[b],
-            bidirectional=family.bidirectional,
+            bidirectional=bidirectional,
             unfinished=True,
         )
         for b, row in enumerate(rows)
@@ -96,14 +102,31 @@ def read_layouts(
     return layouts, past
 
 
-def _frames(rows: np.ndarray, special: SpecialTokens, arguments: Mapping[str, Any], past: int) -> list[list[int]]:
-    """Frame groups of every video of every row, from the grids or, inside `generate`, from the mRoPE positions."""
+def _packed(arguments: Mapping[str, Any]) -> bool:
+    """Whether transformers would see several sequences in one row: positions that start over, no mask, no cache."""
+    positions = arguments.get("position_ids")
+    if positions is None or any(arguments.get(name) is not None for name in ("attention_mask", "past_key_values")):
+        return False
+    if positions.ndim == 3:  # mRoPE, with the text's positions in front or without them
+        if len(positions) != 4:
+            return False
+        positions = positions[0]
+    return bool((positions.diff(dim=-1) != 1).any())
+
+
+def _frames(
+    rows: np.ndarray, valid: np.ndarray | None, special: SpecialTokens, arguments: Mapping[str, Any], past: int
+) -> list[list[int]]:
+    """Frame groups of every video of every row, from the grids or, where there are none, from the mRoPE positions."""
     if special.video is None or not (rows == special.video).any():
         return [[] for _ in rows]
     runs = []
-    for row in rows:
+    for b, row in enumerate(rows):
         edges = np.flatnonzero(np.diff(row == special.video, prepend=False, append=False))
         runs.append(list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)))
+        stop = len(row) if valid is None else np.flatnonzero(valid[b]).max(initial=-1) + 1
+        if len(edges) and edges[-1] == stop:
+            raise Dense("a video is cut")
     grids = arguments.get("video_grid_thw")
     if grids is not None and not past:
         groups = iter(grids[:, 0].tolist())

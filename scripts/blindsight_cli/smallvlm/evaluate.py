@@ -1,20 +1,27 @@
-"""Dense against sparse on the same held-out puzzles: accuracy, agreement, KL, kept FLOPs."""
+"""Dense against sparse on the same held-out puzzles: accuracy, agreement, KL, kept FLOPs.
+
+`python -m blindsight_cli.smallvlm.evaluate CHECKPOINT` prints the figures of a checkpoint's README.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from blindsight_cli.loading import load_checkpoint
 from blindsight_cli.report import AccuracyRow, KindAccuracy
 from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle, make_puzzle
 from shared_profiles import Category, Layout, PairCounts, count_model_pairs
 from shared_profiles.profile import Profile
-from torch_blindsight import patch
+from torch_blindsight import fingerprint, patch
+from torch_blindsight.lookup import FILE_NAME
 from torch_blindsight.models import inspect_model
 
 # Seeds of puzzles, apart from one another so that nothing is measured on what it was chosen on.
@@ -134,3 +141,29 @@ def compare(
         ),
     )
     return row, dense, sparse
+
+
+def main() -> None:
+    """Reads the command line, evaluates, prints one line per number of images and kind of question."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--questions", type=int, default=2000, help="per number of images")
+    parser.add_argument("--images", type=int, nargs="+", default=[2, 6])
+    parser.add_argument("--profile", type=Path, help="default: the one beside the checkpoint, else all heads Dense")
+    args = parser.parse_args()
+    model, processor = load_checkpoint(args.checkpoint)
+    path = args.profile or args.checkpoint / FILE_NAME
+    found = path.exists() or args.profile is not None
+    profile = Profile.load(path) if found else Profile.uniform(Category.DENSE, fingerprint(model))
+    for n_images in args.images:
+        row, _, _ = compare(model, processor, profile, make_puzzles(n_images, args.questions, EVALUATION_SEEDS))
+        print(
+            f"{n_images} images, {row.n_questions} questions: dense {row.dense:.2%}, sparse {row.sparse:.2%}, "
+            f"agreement {row.agreement:.2%}, KL {row.kl:.5f} nats, kept FLOPs {row.kept_flops:.1%}"
+        )
+        for kind in row.by_kind:
+            print(f"  {kind.kind:<11} {kind.n_questions:>5}  dense {kind.dense:.2%}  sparse {kind.sparse:.2%}")
+
+
+if __name__ == "__main__":
+    main()

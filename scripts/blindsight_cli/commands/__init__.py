@@ -1,0 +1,1 @@
+"""One module per command of `blindsight`; `main.py` imports each only when it is called."""

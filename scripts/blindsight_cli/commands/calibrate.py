@@ -1,0 +1,134 @@
+"""`blindsight calibrate`: measures a checkpoint on prompts and writes its profile."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from blindsight_cli.commands.profile import category_table
+from blindsight_cli.errors import ExitCode
+from blindsight_cli.loading import check_family, load_checkpoint, pick_device
+from blindsight_cli.output import note, print_json, results
+from blindsight_cli.prompt_file import PromptLoader, read_prompts
+from shared_profiles import SinkTemplate
+from shared_profiles.classifier import Thresholds
+from shared_profiles.profile import Profile
+from shared_profiles.summary import LEVELS
+from torch_blindsight import calibrate
+from torch_blindsight.lookup import FILE_NAME
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells count it."""
+
+
+def run_calibrate(
+    *,
+    checkpoint: Path,
+    data: Path,
+    out: Path | None,
+    state: Path | None,
+    limit: int | None,
+    thresholds: Thresholds,
+    template: SinkTemplate,
+    dtype: str,
+    device: str | None,
+    as_json: bool,
+) -> int:
+    """Calibrates; whatever can be wrong with the arguments is said before the first prompt is measured.
+
+    Args:
+        checkpoint: a checkpoint folder.
+        data: JSONL file of prompts.
+        out: where the profile goes; default: beside the checkpoint, where `patch` looks first.
+        state: file of the statistics, to go on after an interruption.
+        limit: how many prompts to take.
+        thresholds, template: how categories are chosen.
+        dtype, device: how the model is loaded.
+        as_json: print a JSON document instead of a table.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError, OSError: see `load_checkpoint`, `read_prompts` and `torch_blindsight.calibrate`.
+    """
+    if thresholds.quantile not in LEVELS:
+        raise ValueError(f"--quantile must be a multiple of 0.05 in [0, 1]. Got {thresholds.quantile}.")
+    check_family(checkpoint)
+    out = out or checkpoint / FILE_NAME
+    for name, file in (("--out", out), ("--state", state)):
+        if file is not None:
+            _require_writable(name, file)
+    prompts = read_prompts(data, limit)
+    telling = [prompt for prompt in prompts if len(prompt.images) >= 2]
+    if not telling:
+        raise ValueError(
+            f"{data}: calibration needs prompts with at least two images. Got {len(prompts)} with fewer. "
+            "Take multi-image prompts like those you serve."
+        )
+    if skipped := len(prompts) - len(telling):
+        note(f"{skipped} of {len(prompts)} prompts have fewer than two images and are skipped: they show nothing")
+    model, processor = load_checkpoint(checkpoint, dtype=dtype, device=pick_device(device))
+    begun = time.perf_counter()
+    try:
+        profile = calibrate(
+            model,
+            PromptLoader(telling, data, processor, str(model.device)),
+            dataset=data.name,
+            template=template,
+            thresholds=thresholds,
+            state=state,
+        )
+    except KeyboardInterrupt:
+        kept = f"what was measured is in {state}; the same command goes on from there" if state else "nothing was kept"
+        note(f"interrupted: {kept}")
+        return INTERRUPTED
+    seconds = time.perf_counter() - begun
+    replaced = out.exists()
+    profile.save(out)
+    _tell(profile, checkpoint, out, replaced, skipped, seconds, as_json=as_json)
+    return ExitCode.OK
+
+
+def _require_writable(option: str, path: Path) -> None:
+    """Refuses, before the work, a file that could not be written after it."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "is a folder" if path.is_dir() else "there is no such folder" if not folder.is_dir() else "is read-only"
+        where = path if path.is_dir() else folder
+        raise ValueError(f"{option} must be a file that can be written. Got {path}: {where} {what}. Name another.")
+
+
+def _tell(
+    profile: Profile, checkpoint: Path, out: Path, replaced: bool, skipped: int, seconds: float, *, as_json: bool
+) -> None:
+    """Says what was found, where it is, and how it is used."""
+    provenance = profile.provenance
+    assert provenance is not None
+    if as_json:
+        print_json(
+            {
+                "profile": str(out),
+                "digest": profile.fingerprint.digest,
+                "counts": {category.name: n for category, n in profile.counts().items()},
+                "n_prompts": provenance.n_prompts,
+                "n_skipped": skipped,
+                "n_tokens": provenance.n_tokens,
+                "dataset_hash": provenance.dataset_hash,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    console = results()
+    console.print(category_table(profile))
+    console.print()
+    measured = f"{provenance.n_prompts} prompts, {provenance.n_tokens:,} tokens"
+    console.print(f"measured {measured} in {seconds:.1f} s", markup=False)
+    console.print(f"{'replaced' if replaced else 'saved'} {out}", markup=False, soft_wrap=True)
+    if not profile.categories.any():
+        note("no head passed the thresholds: every prefill will run dense. Lower --gamma-dense, or --alpha-last.")
+    elif out == checkpoint / FILE_NAME:
+        note("patch() and `blindsight run` find it there by themselves")
+    else:
+        note(f"use it with `blindsight run --profile {out}` or patch(model, {str(out)!r})")

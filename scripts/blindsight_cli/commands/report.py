@@ -1,0 +1,33 @@
+"""`blindsight report`: the HTML page of results that were saved as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from blindsight_cli.errors import ExitCode
+from blindsight_cli.output import print_json, results
+from blindsight_cli.report import ReportData, write_report
+
+
+def run_report(path: Path, out: Path, *, as_json: bool) -> int:
+    """Renders a saved report.
+
+    Raises:
+        ValueError: the file holds no report, or one of another version.
+        OSError: a file cannot be read or written.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON, as `blindsight demo --json` prints it. Got: {error}.") from error
+    try:
+        data = ReportData.from_json(document)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    write_report(data, out)
+    if as_json:
+        print_json({"report": str(out)})
+    else:
+        results().print(f"report: {out}", markup=False, soft_wrap=True)
+    return ExitCode.OK

@@ -1,0 +1,31 @@
+"""What the commands print: results on standard output, everything said on the way on standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+# Pipes and files have no width of their own: wide enough that no row of a table is cut.
+_PIPE_WIDTH = 160
+
+
+def results() -> Console:
+    """The console of results, standard output."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+
+def note(text: str, *, style: str | None = None) -> None:
+    """Says something on the way, on standard error; lines are not broken, brackets mean nothing."""
+    Console(stderr=True, highlight=False).print(text, style=style, markup=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """Prints the one JSON document of a command with `--json`.
+
+    Raises:
+        ValueError: it holds NaN or an infinity, which JSON has not.
+    """
+    print(json.dumps(document, indent=1, allow_nan=False))

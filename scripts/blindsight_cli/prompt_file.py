@@ -1,0 +1,97 @@
+"""The data of a calibration: a JSONL file, one prompt per line, pictures named relative to the file.
+
+    {"images": ["cats/1.png", "cats/2.png"], "question": "Is it the same cat?"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from blindsight_cli.loading import ask, load_image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line: its number, counted from 1, the pictures' files, and the question."""
+
+    line: int
+    images: tuple[Path, ...]
+    question: str
+
+
+def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+    """Reads and checks a whole file, so that a mistake in the last line shows before the first is measured.
+
+    Further keys of a line are ignored, empty lines too.
+
+    Args:
+        path: the file.
+        limit: how many prompts to take, from the first; default: all.
+
+    Raises:
+        ValueError: a line is not such a prompt, or names a file that does not exist; or there is no line at all.
+        OSError: the file cannot be read.
+    """
+    prompts: list[Prompt] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if limit is not None and len(prompts) == limit:
+            break
+        if line.strip():
+            prompts.append(_parse(line, path, number))
+    if not prompts:
+        raise ValueError(
+            f'{path} must have a prompt per line: {{"images": ["a.png", "b.png"], "question": "..."}}. Got none.'
+        )
+    return prompts
+
+
+def _parse(line: bytes, path: Path, number: int) -> Prompt:
+    where = f"{path}, line {number}"
+    try:
+        prompt = json.loads(line)
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{where} must be JSON. Got: {error}.") from error
+    if not isinstance(prompt, dict) or not {"images", "question"} <= set(prompt):
+        got = f"the keys {sorted(prompt)}" if isinstance(prompt, dict) else f"a {type(prompt).__name__}"
+        raise ValueError(f'{where} must be an object with "images" and "question". Got {got}.')
+    names, question = prompt["images"], prompt["question"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{where}: "images" must be a list of file names. Got {names!r:.80}.')
+    if not isinstance(question, str):
+        raise ValueError(f'{where}: "question" must be a text. Got {question!r:.80}.')
+    images = tuple(path.parent / name for name in names)
+    for image in images:
+        if not image.is_file():
+            raise ValueError(f"{where}: an image must be a file, relative to the JSONL file. There is no {image}.")
+    return Prompt(number, images, question)
+
+
+class PromptLoader:
+    """Prompts as what the model takes, read one at a time: what `calibrate` iterates over.
+
+    Args:
+        prompts: the prompts.
+        path: the file they came from, for error messages.
+        processor: the checkpoint's.
+        device: where the tensors go.
+    """
+
+    def __init__(self, prompts: list[Prompt], path: Path, processor: Any, device: str) -> None:
+        self.prompts, self.path, self.processor, self.device = prompts, path, processor, device
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for prompt in self.prompts:
+            try:
+                images = [load_image(image) for image in prompt.images]
+            except ValueError as error:
+                raise ValueError(f"{self.path}, line {prompt.line}: {error}") from error
+            yield ask(self.processor, images, prompt.question, self.device)
