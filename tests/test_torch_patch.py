@@ -19,6 +19,7 @@ from tiny_models import (
     make_model,
     make_video_inputs,
     mixed_profile,
+    positions_of,
 )
 from transformers import DynamicCache
 
@@ -138,21 +139,22 @@ def test_one_sparse_head_changes_nothing_before_it(model, family):
 @family_names
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 def test_padding_changes_no_row(model, family, left):
-    """Each row of a padded batch gives what its prompt gives alone."""
-    prompts = [make_ids(2, seed=1), make_ids(4, seed=2, text=1), make_ids(3, seed=3)]
+    """Each row of a padded batch gives what its prompt gives alone, those with too few images included."""
+    prompts = [make_ids(2, seed=1), make_ids(1, seed=4), make_ids(4, seed=2, text=1), make_ids(0, seed=5)]
     batch = in_double(make_inputs(family, prompts, left=left))
     mask = batch["attention_mask"]
-    if family == "gemma3":  # as generate does; rotations are float32 and round differently at other positions
-        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    batch["position_ids"] = positions_of(model, batch)  # as in generate; rotations are float32 and round by position
     with patch(model, mixed_profile(model)) as handle:
         together = model(**batch).logits
         pixels, done = batch["pixel_values"], 0
         for row, prompt in enumerate(prompts):
             n = prompt.count(START) * (1 if family == "gemma3" else 64)
             alone = in_double(make_inputs(family, [prompt])) | {"pixel_values": pixels[done : done + n]}
+            if not n:
+                alone = {name: alone[name] for name in ("input_ids", "attention_mask")}
             torch.testing.assert_close(together[row][mask[row].bool()], model(**alone).logits[0], **EXACT)
             done += n
-        assert handle.report()["forwards"] == {"sparse": 4}
+        assert handle.report()["forwards"] == {"sparse": 3, "dense: fewer than two images": 2}
 
 
 @family_names
@@ -178,7 +180,7 @@ def test_forwards_that_are_no_prefill_run_dense_and_say_why(family):
         "training mode": inputs,
         "no input_ids": dict(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]),
         "attention_mask is not [batch, tokens]": {k: v for k, v in inputs.items() if k != "token_type_ids"}
-        | dict(attention_mask=whole),
+        | dict(attention_mask=whole, position_ids=positions_of(model, inputs)),
     }
     handle = patch(model, mixed_profile(model))
     for reason, call in calls.items():
@@ -271,10 +273,7 @@ def test_frame_groups_of_a_video_are_images(model, family):
     by_grid, _ = read_layouts(inputs, info.family, info.special, TokenHistory())
     assert by_grid[0].images.tolist() == list(map(list, groups))
 
-    positions, _ = model.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], video_grid_thw=inputs["video_grid_thw"]
-    )
-    without_grid = dict(input_ids=inputs["input_ids"], position_ids=positions)
+    without_grid = dict(input_ids=inputs["input_ids"], position_ids=positions_of(model, inputs))
     by_position, _ = read_layouts(without_grid, info.family, info.special, TokenHistory())
     assert by_position == by_grid
 

@@ -140,3 +140,12 @@ def double_model(family: str) -> torch.nn.Module:
 def in_double(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inputs with their pictures in float64."""
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def positions_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The position ids of a whole prompt: `[B, N]` for Gemma 3, mRoPE `[3, B, N]` for Qwen."""
+    mask = inputs["attention_mask"]
+    if model.config.model_type == "gemma3":
+        return (mask.cumsum(-1) - 1).clamp(min=0)
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
+    return model.model.get_rope_index(**{name: inputs.get(name) for name in names}, attention_mask=mask)[0]

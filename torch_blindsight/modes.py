@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from blindsight_kernels.reference import reference_attention
-from shared_profiles import Layout
+from shared_profiles import Category, Layout
 from shared_profiles.profile import Profile
 from torch_blindsight.attention import AttendLayer, Prefill
 from torch_blindsight.portable import portable_attention
@@ -35,7 +37,8 @@ class SparseMode:
 
     def __init__(self, profile: Profile, impl: Implementation) -> None:
         self.profile = profile
-        self._attend = IMPLEMENTATIONS[impl](profile)
+        self._sparse = IMPLEMENTATIONS[impl](profile)
+        self._dense = IMPLEMENTATIONS[impl](Profile.uniform(Category.DENSE, profile.fingerprint))
         self._all_dense = not profile.categories.any()
 
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
@@ -47,6 +50,20 @@ class SparseMode:
     def after(self) -> Mode:
         """Stays sparse."""
         return self
+
+    def _attend(
+        self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Sparse rows sparsely; rows with fewer than two images densely, as if they had come alone."""
+        lone = [layout.n_images < 2 for layout in prefill.layouts]
+        if not any(lone):
+            return self._sparse(prefill, layer, q, k, v, scale, window)
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
+        for attend, kind in ((self._sparse, False), (self._dense, True)):
+            rows = [b for b, is_lone in enumerate(lone) if is_lone is kind]
+            part = replace(prefill, layouts=[prefill.layouts[b] for b in rows])
+            out[rows] = attend(part, layer, q[rows], k[rows], v[rows], scale, window)
+        return out
 
 
 def _portable(profile: Profile) -> AttendLayer:

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared_profiles import Category, Layout, SinkTemplate, image_tiles, packed_positions
+from shared_profiles import Category, Layout, SinkTemplate, Tiles, image_tiles, packed_positions
+from shared_profiles.layout import concatenated_ranges
 
 # The fused CPU attention computes whole rectangles: fewer rows waste less of the causal triangle, but from 192 rows on
 # it multiplies 64 rows at a time instead of 32. Measured best: 96 rows for images of 512 tokens, 256 for 2,048.
 _SHORT_BLOCK, _LONG_BLOCK, _LONG_IMAGE = 96, 256, 1024
+# Neighbouring tiles whose ranges together span at most this many keys share one call.
+_GROUP_SPAN = 192
 # Text rows reach far back. A long run of them is cut into blocks of its own; short runs are gathered, a few rows at a
 # time, because the block reaches as far as its last row.
 _LONG_TEXT, _TEXT_ROWS = 64, 16
@@ -114,13 +117,17 @@ class _Rows:
         )
         index = torch.from_numpy(packed).to(self.q.device)
         packed_k, packed_v = self.k[:, :, index], self.v[:, :, index]  # [1, heads, P, D]
-        columns = (tiles.row_start, tiles.row_stop, tiles.lo, tiles.hi, tiles.packed_start, tiles.packed_stop)
-        for start, stop, lo, hi, p_start, p_stop in zip(*(c.tolist() for c in columns), strict=True):
+        for group in _groups(tiles):
+            start, stop, lo, hi = (int(x) for x in (group.row_start[0], group.row_stop[-1], group.lo[0], group.hi[-1]))
+            p_start, p_stop = int(group.packed_start[0]), int(group.packed_stop[-1])
             k, v = self.k[:, :, lo:hi], self.v[:, :, lo:hi]
             if p_stop > p_start:
                 k = torch.cat([packed_k[:, :, p_start:p_stop], k], dim=2)
                 v = torch.cat([packed_v[:, :, p_start:p_stop], v], dim=2)
             positions = np.r_[packed[p_start:p_stop], lo:hi]
+            if len(group.lo) > 1:
+                yield self._several(group, p_start, positions, k, v)
+                continue
             step = _block_rows(stop - start)
             for s in range(start, stop, step):
                 e = min(s + step, stop)
@@ -131,6 +138,26 @@ class _Rows:
                     queries,
                     *_attend(self.q[:, :, queries], k[:, :, :n_keys], v[:, :, :n_keys], self.scale, bias=bias),
                 )
+
+    def _several(
+        self, group: Tiles, p_start: int, positions: np.ndarray, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Several small tiles in one call: every row is shown its own tile's keys among those of all."""
+        rows = concatenated_ranges(group.row_start, group.row_stop)
+        lo, hi, p_stop = (
+            np.repeat(x, group.row_stop - group.row_start)[:, None] for x in (group.lo, group.hi, group.packed_stop)
+        )
+        index = np.arange(len(positions)) + p_start
+        own = (positions >= lo) & (positions < hi)
+        if not self.layout.bidirectional:
+            own &= positions <= rows[:, None]
+        shown = np.where(index < group.packed_stop[-1], index < p_stop, own)
+        if self.window is not None:
+            shown &= positions > rows[:, None] - self.window
+        queries = torch.from_numpy(rows - self.q_start).to(self.q.device)
+        hidden = torch.from_numpy(~shown).to(self.q.device)
+        bias = torch.zeros(hidden.shape, dtype=self.q.dtype, device=self.q.device).masked_fill_(hidden, -torch.inf)
+        return queries, *_attend(self.q[:, :, queries], k, v, self.scale, bias=bias)
 
     def _text(self, rows: np.ndarray) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
         """Text and delimiter rows: everything before them, inside the window."""
@@ -169,6 +196,17 @@ class _Rows:
             wide[:, -n_rows:] = torch.full_like(wide[:, -n_rows:], -torch.inf).triu_(1)
             self.triangles[n_rows] = wide
         return wide[:, wide.shape[1] - n_keys :]
+
+
+def _groups(tiles: Tiles) -> Iterator[Tiles]:
+    """Joins neighbouring tiles that are so small that a call for each would cost more than the keys they share."""
+    first = 0
+    n = len(tiles.lo)
+    for i in range(1, n + 1):
+        fits = i < n and tiles.hi[i] - tiles.lo[first] <= _GROUP_SPAN
+        if not fits:
+            yield Tiles(*(column[first:i] for column in vars(tiles).values()))
+            first = i
 
 
 def _text_blocks(rows: np.ndarray) -> Iterator[np.ndarray]:

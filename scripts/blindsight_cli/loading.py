@@ -53,7 +53,9 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except SafetensorError as error:
-        raise ValueError(f"{folder}: a weight file is damaged: {error}. Download or save the checkpoint again.") from error
+        raise ValueError(
+            f"{folder}: a weight file is damaged: {error}. Download or save the checkpoint again."
+        ) from error
     # transformers makes up missing weights and carries on; answers and profile would be worthless.
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
@@ -108,7 +110,9 @@ def pick_device(name: str | None) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"the device must exist on this machine, such as cpu or cuda. Got {name!r}: {reason}.") from error
+        raise ValueError(
+            f"the device must exist on this machine, such as cpu or cuda. Got {name!r}: {reason}."
+        ) from error
     return name
 
 

@@ -1,6 +1,8 @@
-"""The data of a calibration: a JSONL file, one prompt per line, pictures named relative to the file.
+"""The data of a calibration: a JSONL file, one prompt per line.
 
     {"images": ["cats/1.png", "cats/2.png"], "question": "Is it the same cat?"}
+
+Pictures are named relative to the file.
 """
 
 from __future__ import annotations

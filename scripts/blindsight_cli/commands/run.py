@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -20,7 +18,7 @@ from blindsight_cli.errors import ExitCode, IncompatibleError
 from blindsight_cli.loading import ask, check_family, load_checkpoint, load_image, pick_device
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.report import figures
-from shared_profiles import Category, Layout, count_model_pairs
+from shared_profiles import Category, Layout, SinkTemplate, count_model_pairs
 from shared_profiles.profile import Profile
 from torch_blindsight import Handle, fingerprint, patch
 from torch_blindsight.lookup import find_profile
@@ -192,3 +190,75 @@ class _Session:
         if profile is not None and ran == "sparse":
             kept = count_model_pairs(self.layout, profile.categories, template, windows=self.info.windows).total
         return Run(mode, ran, answer, seconds, 4 * self.info.head_dim * kept, kept / dense)
+
+
+def _prefill_kind(handle: Handle) -> str:
+    """How the one prefill of a patched `generate` ran."""
+    forwards = handle.report()["forwards"]
+    return next((kind for kind in forwards if kind != "dense: decode step"), "dense: decode step")
+
+
+def _tell(
+    checkpoint: Path,
+    question: str,
+    n_images: int,
+    layout: Layout,
+    profile: Path | None,
+    runs: list[Run],
+    kl: float | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Prints the answers and what they took."""
+    speedup = runs[0].prefill_seconds / runs[1].prefill_seconds if len(runs) == 2 else None
+    for run in runs:
+        _explain(run, checkpoint)
+    if as_json:
+        print_json(
+            {
+                "checkpoint": str(checkpoint),
+                "question": question,
+                "n_images": n_images,
+                "n_tokens": layout.n_tokens,
+                "profile": None if profile is None else str(profile),
+                "runs": [asdict(run) for run in runs],
+                "prefill_repeats": COMPARE_REPEATS if len(runs) == 2 else 1,
+                "kl_nats": kl,
+                "speedup": speedup,
+            }
+        )
+        return
+    table = Table(box=None, pad_edge=False, show_header=len(runs) == 2)
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.mode, overflow="fold")
+    table.add_row(Text("answer", "bold"), *(Text(run.answer or "(empty)", "bold green") for run in runs))
+    table.add_row("prefill", *(f"{figures.seconds(run.prefill_seconds)}, {run.ran.split(':')[0]}" for run in runs))
+    table.add_row("attention", *(f"{figures.flops(run.attention_flops)}, {_share(run)}" for run in runs))
+    console = results()
+    console.print(table)
+    console.print(f"\n{figures.count(layout.n_tokens)} tokens, {n_images} image{'s' * (n_images != 1)}")
+    if profile is not None:
+        console.print(f"profile: {profile}", markup=False, soft_wrap=True)
+    if speedup is not None and kl is not None:
+        same = "the same answer" if runs[0].answer == runs[1].answer else "another answer"
+        console.print(f"sparse gives {same}; KL of its first token {figures.nats(kl)} nats")
+        console.print(f"prefill dense / sparse: {figures.ratio(speedup)} (medians of {COMPARE_REPEATS})")
+        if speedup < 1 and runs[1].ran == "sparse":
+            note("this prompt is too short to gain: sparse attention pays from some thousands of image tokens on")
+
+
+def _share(run: Run) -> str:
+    return "all of it" if run.kept == 1 else f"{figures.percent(run.kept)} of dense"
+
+
+def _explain(run: Run, checkpoint: Path) -> None:
+    """Says so when a run that was to be sparse was not."""
+    if run.ran == "measured":
+        note(
+            "there is no profile of this model: the prompt ran dense and was measured, but one prompt is not enough to "
+            f"choose by, and nothing was kept. Make a profile: blindsight calibrate {checkpoint} prompts.jsonl",
+            style="yellow",
+        )
+    elif run.mode == "sparse" and run.ran != "sparse":
+        note(f"this prompt ran dense: {run.ran.removeprefix('dense: ')}", style="yellow")

@@ -1,0 +1,257 @@
+"""The `blindsight` command: what can be typed, and nothing else; each command's work is a module of `commands`.
+
+Heavy packages are imported inside the command that needs them, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from blindsight_cli.errors import guarded
+
+_EPILOG = (
+    "Exit codes: 0 fine; 1 a check failed or a difference was found; 2 wrong input; 3 profile, model and versions do "
+    "not go together. Everything runs locally: no hub is asked."
+)
+
+app = typer.Typer(
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # an unexpected error keeps its plain traceback
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+profiles = typer.Typer(help="Show, validate and compare profiles.", no_args_is_help=True)
+app.add_typer(profiles, name="profile")
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Folder of a Qwen2-VL, Qwen2.5-VL or Gemma 3 checkpoint.", exists=True, file_okay=False)
+]
+ProfileFile = Annotated[Path, typer.Argument(help="A profile.", exists=True, dir_okay=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: the checkpoint's own.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        try:
+            print(f"blindsight {version('blindsight')}")
+        except PackageNotFoundError:
+            print("blindsight, run from its source tree")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    asked: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Sparse prefill for multi-image vision-language models: calibrate once, then answer faster."""
+
+
+@app.command()
+@guarded
+def demo(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint folder.", exists=True, file_okay=False, show_default="the shipped model"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The report.")] = Path("report.html"),
+    questions: Annotated[int, typer.Option(help="Questions per number of images.", min=1)] = 200,
+    calibration_prompts: Annotated[int, typer.Option(help="Prompts to calibrate on.", min=1)] = 12,
+    seed: Annotated[int, typer.Option(help="Which held-out questions are asked.", min=0)] = 0,
+    as_json: Json = False,
+) -> int:
+    """Calibrate, patch and question the shipped small model; write a report."""
+    from blindsight_cli.commands.demo import run_demo
+
+    return run_demo(
+        model=model,
+        out=out,
+        questions=questions,
+        calibration_prompts=calibration_prompts,
+        seed=seed,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@guarded
+def doctor(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Also look at this checkpoint folder.", exists=True, file_okay=False)
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Check this installation, and say what to do where something fails."""
+    from blindsight_cli.commands.doctor import run_doctor
+
+    return run_doctor(checkpoint, as_json=as_json)
+
+
+@app.command()
+@guarded
+def calibrate(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help='JSONL, one prompt per line: {"images": ["a.png", "b.png"], "question": "..."}; relative file names.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The profile.", show_default="CHECKPOINT/blindsight_profile.json, where patch() finds it"),
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="Keep statistics here; a second run goes on from them.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Take only the first prompts.", min=1)] = None,
+    gamma_sink: Annotated[float, typer.Option(help="Mass that SINK must retain.", min=0, max=1)] = 0.95,
+    gamma_intra: Annotated[float, typer.Option(help="Mass that INTRA_IMAGE must retain.", min=0, max=1)] = 0.95,
+    gamma_dense: Annotated[
+        float, typer.Option(help="Mass that INTRA_IMAGE_SINK must retain, or the head stays DENSE.", min=0, max=1)
+    ] = 0.9,
+    alpha_first: Annotated[float, typer.Option(help="Scale of the gammas in the first layer.", min=0)] = 1.0,
+    alpha_last: Annotated[float, typer.Option(help="Scale in the last layer; linear between.", min=0)] = 1.0,
+    quantile: Annotated[
+        float, typer.Option(help="Quantile over prompts that must pass; smaller is stricter.", min=0, max=1)
+    ] = 0.5,
+    local_block: Annotated[int, typer.Option(help="Tokens of a local block of SINK, a multiple of 8.", min=8)] = 128,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: Json = False,
+) -> int:
+    """Measure a checkpoint on your prompts and write its profile."""
+    from blindsight_cli.commands.calibrate import run_calibrate
+    from shared_profiles.classifier import Thresholds
+    from shared_profiles.template import SinkTemplate
+
+    return run_calibrate(
+        checkpoint=checkpoint,
+        data=data,
+        out=out,
+        state=state,
+        limit=limit,
+        thresholds=Thresholds(gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile),
+        template=SinkTemplate(local_block=local_block),
+        dtype=dtype,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@guarded
+def run(
+    checkpoint: Checkpoint,
+    image: Annotated[list[Path], typer.Option(help="A picture; repeat for more.", exists=True, dir_okay=False)],
+    question: Annotated[str, typer.Option(help="What to ask about them.")],
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="The profile.", exists=True, dir_okay=False, show_default="the one that patch() finds"),
+    ] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Leave the model unpatched.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer both ways and compare.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 64,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: Json = False,
+) -> int:
+    """Ask a checkpoint one question about some pictures."""
+    if dense and (compare or profile is not None):
+        raise typer.BadParameter("--dense uses no profile: leave out --compare and --profile, or --dense.")
+    from blindsight_cli.commands.run import run_question
+
+    return run_question(
+        checkpoint=checkpoint,
+        images=image,
+        question=question,
+        profile=profile,
+        dense=dense,
+        compare=compare,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@guarded
+def bench(
+    what: Annotated[
+        Literal["attention", "prefill", "plan", "memory", "all"], typer.Argument(help="What to measure.")
+    ] = "all",
+    out: Annotated[Path | None, typer.Option(help="Also write the results here, as JSON.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each; medians are reported.", min=1)] = 5,
+    as_json: Json = False,
+) -> int:
+    """Time sparse against dense on this machine."""
+    from blindsight_cli.commands.bench import run_bench
+
+    return run_bench(what=what, out=out, repeats=repeats, as_json=as_json)
+
+
+@app.command()
+@guarded
+def report(
+    data: Annotated[Path, typer.Argument(help="What `demo --json` printed.", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
+    as_json: Json = False,
+) -> int:
+    """Render saved results as an HTML page."""
+    from blindsight_cli.commands.report import run_report
+
+    return run_report(data, out, as_json=as_json)
+
+
+@profiles.command()
+@guarded
+def show(file: ProfileFile, as_json: Json = False) -> int:
+    """Show model, choice, categories and statistics of a profile."""
+    from blindsight_cli.commands.profile import show as run_show
+
+    return run_show(file, as_json=as_json)
+
+
+@profiles.command()
+@guarded
+def validate(
+    file: ProfileFile,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint folder that it must belong to.", exists=True, file_okay=False),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Check that a profile is whole and, with --model, that it belongs to that model."""
+    from blindsight_cli.commands.profile import validate as run_validate
+
+    return run_validate(file, model, as_json=as_json)
+
+
+@profiles.command()
+@guarded
+def diff(before: ProfileFile, after: ProfileFile, as_json: Json = False) -> int:
+    """List how two profiles differ; exit code 1 if they do."""
+    from blindsight_cli.commands.profile import compare
+
+    return compare(before, after, as_json=as_json)
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="blindsight")
+
+
+if __name__ == "__main__":
+    main()
