@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import chunks, layouts, templates, windows
 
 from shared_profiles import Category, Layout, SinkTemplate, SpecialTokens, category_mask, masks
+from strategies import chunks, layouts, templates, windows
 
 START, END, IMAGE = 3, 4, 5
 SPECIAL = SpecialTokens(START, END, IMAGE)

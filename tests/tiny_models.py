@@ -133,7 +133,7 @@ def mixed_profile(model: torch.nn.Module, seed: int = 0, template: SinkTemplate 
 
 @cache
 def double_model(family: str) -> torch.nn.Module:
-    """The family's model in float64, where implementations of one formula agree to 1e-9; shared, so leave it unpatched."""
+    """The family's model in float64, where two ways to one number agree to 1e-9. Shared: leave it unpatched."""
     return make_model(family).double()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-from shared_profiles.profile import Fingerprint, Profile
+from shared_profiles.profile import Fingerprint, Profile, ProfileMismatchError
 
 FILE_NAME = "blindsight_profile.json"
 
@@ -39,7 +39,10 @@ def find_profile(fingerprint: Fingerprint, checkpoint: str | None) -> tuple[Prof
     for path in _candidates(fingerprint, checkpoint):
         if path.is_file():
             profile = Profile.load(path)
-            profile.require(fingerprint)
+            try:
+                profile.require(fingerprint)
+            except ProfileMismatchError as error:
+                raise ProfileMismatchError(f"{path}: {error} Or remove the file, to look further.") from error
             return profile, path
     for path in _bundled():
         profile = Profile.load(path)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared_profiles import Family, SpecialTokens, family_of
+from shared_profiles import FAMILIES, Family, SpecialTokens, family_of
 from shared_profiles.profile import Fingerprint
 
 # What decides how a head attends; a change of any of these makes another model of it.
@@ -65,13 +65,13 @@ def inspect_model(model: nn.Module) -> ModelInfo:
             f"the model must be a Hugging Face transformers model. Got {type(model).__name__}, which has no config."
         )
     settings = config.to_dict()
-    family = family_of(settings)
     text = config.get_text_config()
-    if text is config:
+    if text is config and str(settings.get("model_type")).removesuffix("_text") in FAMILIES:
         raise ValueError(
             f"the model must be the multimodal one, which sees the images. Got the language model alone, "
             f"{type(model).__name__}. Pass the ...ForConditionalGeneration model."
         )
+    family = family_of(settings)
     attentions = [
         m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj") and hasattr(m, "k_proj")
     ]

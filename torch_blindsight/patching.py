@@ -63,8 +63,14 @@ class Handle:
         """Selects our attention function for the language model and hangs the hooks.
 
         Raises:
+            ValueError: a patched model shares this one's configuration.
             RuntimeError: transformers did not take it.
         """
+        if self._previous == NAME:
+            raise ValueError(
+                "the model must not share its configuration with a patched model, or be part of one. "
+                "Got a configuration that selects BlindSight already. Unpatch the other model first, or load this one with its own."
+            )
         register()
         self.model.set_attn_implementation({"text_config": NAME})
         self._hooks = [

@@ -6,11 +6,13 @@ Only local files are read: a checkpoint is a folder, and nothing is looked up on
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor
@@ -21,6 +23,8 @@ from blindsight_cli.errors import IncompatibleError
 from shared_profiles import family_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_AGAIN = "Download or save the checkpoint again."
 
 
 def load_checkpoint(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -52,15 +56,13 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
         model, loading = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except SafetensorError as error:
-        raise ValueError(
-            f"{folder}: a weight file is damaged: {error}. Download or save the checkpoint again."
-        ) from error
+    except (RuntimeError, SafetensorError, StrictDataclassError) as error:  # sizes, files, config.json
+        reason = " ".join(str(error).split()).rstrip(".!")
+        raise ValueError(f"{folder} must hold a whole checkpoint. Got: {reason}. {_AGAIN}") from error
     # transformers makes up missing weights and carries on; answers and profile would be worthless.
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
-            f"{folder} must hold all weights of its model. Missing: {len(missing)}, the first is {missing[0]}. "
-            "Download or save the checkpoint again."
+            f"{folder} must hold all weights of its model. Missing: {len(missing)}, the first is {missing[0]}. {_AGAIN}"
         )
     return model.eval().to(device)
 
@@ -69,9 +71,15 @@ def load_processor(folder: Path) -> Any:
     """The processor of a checkpoint folder; see `load_checkpoint`."""
     try:
         return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except ImportError as error:
+    except ImportError as error:  # the message goes on about how to install it
+        reason = " ".join(str(error).split()).partition(" Check out")[0].rstrip(".")
         raise IncompatibleError(
-            f"{folder}: its processor cannot be loaded: {str(error).strip()} `blindsight doctor` shows what is missing."
+            f"{folder}: its processor needs more packages: {reason}. Install them: pip install 'blindsight[torch]'"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} must hold the files of its processor (preprocessor_config.json or processor_config.json, the "
+            f"tokenizer, the chat template) beside the weights. Got: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -84,14 +92,15 @@ def check_family(folder: Path) -> None:
     """
     path = folder / "config.json"
     if not path.is_file():
+        found = "there is no config.json in it" if folder.is_dir() else "there is no such folder"
         raise ValueError(
-            f"CHECKPOINT must be a folder with a config.json, as save_pretrained writes it or a hub snapshot has it. "
-            f"Got {folder}."
+            f"CHECKPOINT must be a folder, as save_pretrained writes it. Got {folder}: {found}. A checkpoint on a hub "
+            f"must be downloaded first: hf download {folder} --local-dir FOLDER"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} must be JSON. Got: {error}. Download or save the checkpoint again.") from error
+        raise ValueError(f"{path} must be JSON. Got: {error}. {_AGAIN}") from error
     try:
         family_of(config if isinstance(config, dict) else {})
     except ValueError as error:
@@ -109,7 +118,7 @@ def pick_device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].rstrip(".!")
         raise ValueError(
             f"the device must exist on this machine, such as cpu or cuda. Got {name!r}: {reason}."
         ) from error
@@ -122,11 +131,29 @@ def load_image(path: Path) -> Image.Image:
     Raises:
         ValueError: the file cannot be read as a picture.
     """
+    with _open_image(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def check_image(path: Path) -> None:
+    """Looks at the beginning of a picture's file only.
+
+    Raises:
+        ValueError: it does not begin like a picture.
+    """
+    with _open_image(path):
+        pass
+
+
+@contextmanager
+def _open_image(path: Path) -> Iterator[Image.Image]:
+    """An open picture; whatever goes wrong with it is a ValueError that names it."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"an image must be a picture that Pillow can read. Got {path}: {_reason(error)}.") from error
+            yield image
+    except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".") or type(error).__name__
+        raise ValueError(f"an image must be a picture that Pillow can read. Got {path}: {reason}.") from error
 
 
 def ask(processor: Any, images: Sequence[Image.Image], question: str, device: str = "cpu") -> dict[str, Tensor]:
@@ -150,8 +177,3 @@ def ask(processor: Any, images: Sequence[Image.Image], question: str, device: st
         messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
     return {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
-
-
-def _reason(error: Exception) -> str:
-    """An error in a few words: what the system says of a file, or its own message."""
-    return (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".") or type(error).__name__

@@ -5,11 +5,16 @@ Heavy packages are imported inside the command that needs them, so that help and
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+try:
+    import typer
+except ModuleNotFoundError:  # a plain `pip install blindsight` brings this command, but not what it needs
+    print("error: this command needs typer, which is not installed: pip install 'blindsight[cli]'", file=sys.stderr)
+    raise SystemExit(3) from None
 
 from blindsight_cli.errors import guarded
 
@@ -28,9 +33,7 @@ app = typer.Typer(
 profiles = typer.Typer(help="Show, validate and compare profiles.", no_args_is_help=True)
 app.add_typer(profiles, name="profile")
 
-Checkpoint = Annotated[
-    Path, typer.Argument(help="Folder of a Qwen2-VL, Qwen2.5-VL or Gemma 3 checkpoint.", exists=True, file_okay=False)
-]
+Checkpoint = Annotated[Path, typer.Argument(help="Folder of a Qwen2-VL, Qwen2.5-VL or Gemma 3 checkpoint.")]
 ProfileFile = Annotated[Path, typer.Argument(help="A profile.", exists=True, dir_okay=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 Dtype = Annotated[
@@ -62,7 +65,7 @@ def _options(
 def demo(
     model: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint folder.", exists=True, file_okay=False, show_default="the shipped model"),
+        typer.Option(help="Checkpoint folder.", show_default="the shipped model"),
     ] = None,
     out: Annotated[Path, typer.Option(help="The report.")] = Path("report.html"),
     questions: Annotated[int, typer.Option(help="Questions per number of images.", min=1)] = 200,
@@ -86,9 +89,7 @@ def demo(
 @app.command()
 @guarded
 def doctor(
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="Also look at this checkpoint folder.", exists=True, file_okay=False)
-    ] = None,
+    checkpoint: Annotated[Path | None, typer.Argument(help="Also look at this checkpoint folder.")] = None,
     as_json: Json = False,
 ) -> int:
     """Check this installation, and say what to do where something fails."""
@@ -229,7 +230,7 @@ def validate(
     file: ProfileFile,
     model: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint folder that it must belong to.", exists=True, file_okay=False),
+        typer.Option(help="Checkpoint folder that it must belong to."),
     ] = None,
     as_json: Json = False,
 ) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from blindsight_cli.loading import ask, load_image
+from blindsight_cli.loading import ask, check_image, load_image
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
         limit: how many prompts to take, from the first; default: all.
 
     Raises:
-        ValueError: a line is not such a prompt, or names a file that does not exist; or there is no line at all.
+        ValueError: a line is not such a prompt, or names a file that is no picture; or there is no line at all.
         OSError: the file cannot be read.
     """
     prompts: list[Prompt] = []
@@ -71,6 +71,10 @@ def _parse(line: bytes, path: Path, number: int) -> Prompt:
     for image in images:
         if not image.is_file():
             raise ValueError(f"{where}: an image must be a file, relative to the JSONL file. There is no {image}.")
+        try:
+            check_image(image)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     return Prompt(number, images, question)
 
 

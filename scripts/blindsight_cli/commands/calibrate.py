@@ -94,10 +94,15 @@ def run_calibrate(
 def _require_writable(option: str, path: Path) -> None:
     """Refuses, before the work, a file that could not be written after it."""
     folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        what = "is a folder" if path.is_dir() else "there is no such folder" if not folder.is_dir() else "is read-only"
-        where = path if path.is_dir() else folder
-        raise ValueError(f"{option} must be a file that can be written. Got {path}: {where} {what}. Name another.")
+    if path.is_dir():
+        wrong = "it is a folder"
+    elif not folder.is_dir():
+        wrong = f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK):
+        wrong = f"the folder {folder} is read-only"
+    else:
+        return
+    raise ValueError(f"{option} must name a file that can be written. Got {path}: {wrong}. Name another.")
 
 
 def _tell(

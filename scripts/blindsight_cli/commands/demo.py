@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from blindsight_cli.loading import load_checkpoint
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from blindsight_cli import report as reporting
+from blindsight_cli.loading import load_checkpoint
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import Puzzle
 from blindsight_cli.timing import describe_cpu, time_pair

@@ -245,7 +245,7 @@ def _tell(
         console.print(f"sparse gives {same}; KL of its first token {figures.nats(kl)} nats")
         console.print(f"prefill dense / sparse: {figures.ratio(speedup)} (medians of {COMPARE_REPEATS})")
         if speedup < 1 and runs[1].ran == "sparse":
-            note("this prompt is too short to gain: sparse attention pays from some thousands of image tokens on")
+            note("sparse was slower on this prompt: what it saves grows with the square of the length")
 
 
 def _share(run: Run) -> str:

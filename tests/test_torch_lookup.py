@@ -1,0 +1,213 @@
+"""`patch(model)` without a profile: the places it looks in, and the first prompts it measures when it finds none."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from shared_profiles import Category, SinkTemplate
+from shared_profiles.classifier import Thresholds, classify
+from shared_profiles.profile import Profile, ProfileError, ProfileMismatchError
+from tiny_models import FAMILIES, make_ids, make_inputs, make_model, make_video_inputs, mixed_profile
+from torch_blindsight import calibrate, fingerprint, patch
+from torch_blindsight.lookup import FILE_NAME, cache_path
+
+family_names = pytest.mark.parametrize("family", FAMILIES)
+SMALL = SinkTemplate((0, 1), (1, 2), 8)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The user's cache folder; nothing but it may be written."""
+    monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def log(caplog):
+    """Messages of our logger, with their levels."""
+    caplog.set_level(logging.INFO, logger="torch_blindsight")
+    return lambda: [(r.levelname, r.getMessage()) for r in caplog.records if r.name == "torch_blindsight"]
+
+
+def prompts_of(family, n, first=0):
+    return [make_inputs(family, [make_ids(2 + i % 2, seed=i)], seed=i) for i in range(first, first + n)]
+
+
+@family_names
+def test_measures_the_first_prompts_then_freezes_and_is_found_again(family, cache, log):
+    model, prompts = make_model(family), prompts_of(family, 3)
+    dense = [model(**x).logits for x in prompts]
+    handle = patch(model, template=SMALL, measure_prompts=3)
+    assert handle.report() == {"state": "measuring", "categories": None, "forwards": {}}
+    assert handle.profile is None
+    model(**make_inputs(family, [make_ids(1)]))  # shows nothing, so it does not count
+    for x, want in zip(prompts, dense, strict=True):
+        assert handle.report()["state"] == "measuring"
+        torch.testing.assert_close(model(**x).logits, want, rtol=0, atol=1e-3)
+    assert handle.report()["state"] == "sparse"
+    profile = handle.profile
+    path = cache_path(profile.fingerprint)
+    counts = ", ".join(f"{n} {category.name}" for category, n in profile.counts().items())
+    froze = f"measured 3 prompts and froze a profile ({counts}); prefills are sparse from now on; saved as {path}"
+    assert log() == [("WARNING", froze)]
+    assert profile.template == SMALL
+    assert profile.fingerprint == fingerprint(model)
+    assert profile.provenance.n_prompts == profile.summary.n_prompts == 3
+    assert profile.provenance.n_tokens == sum(x["input_ids"].shape[1] for x in prompts)
+    again = model(**prompts[0]).logits
+    counted = {"measured": 3, "dense: fewer than two images": 1}
+    how = "sparse" if profile.categories.any() else "dense: all heads are Dense"
+    assert handle.report()["forwards"] == counted | {how: 1}
+    handle.unpatch()
+
+    assert [p for p in cache.rglob("*") if p.is_file()] == [path]
+    with patch(make_model(family)) as found:
+        assert found.profile == profile
+        assert torch.equal(found.model(**prompts[0]).logits, again)
+    assert log()[1:] == [("INFO", f"using the profile {path}")]
+    with patch(make_model(family, seed=1)) as other:
+        assert other.report()["state"] == "measuring", "another model's profile is no find"
+
+
+@family_names
+def test_measuring_equals_calibrating(family):
+    """The statistics of the first prompts are those of `calibrate` on the same prompts."""
+    model, prompts = make_model(family), prompts_of(family, 2)
+    with patch(model, template=SMALL, measure_prompts=2) as handle:
+        for x in prompts:
+            model(**x)
+        frozen = handle.profile
+    profile = calibrate(model, prompts, template=SMALL, progress=False)
+    assert frozen.summary == profile.summary
+    np.testing.assert_array_equal(frozen.categories, profile.categories)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_batch_counts_each_of_its_prompts(family):
+    """Also inside `generate`, also twice the same ids; rows with one image show nothing."""
+    model = make_model(family)
+    batch = make_inputs(family, [make_ids(3), make_ids(3), make_ids(1)])
+    with patch(model, measure_prompts=3) as handle:
+        model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert handle.report()["state"] == "measuring"
+        assert handle.report()["forwards"] == {"measured": 1, "dense: decode step": 2}
+        model(**batch)
+        assert handle.report()["state"] == "sparse"
+        assert handle.profile.provenance.n_prompts == 4
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_videos_can_be_measured(family):
+    model = make_model(family)
+    with patch(model, measure_prompts=1) as handle:
+        model(**make_video_inputs([3]))
+        assert handle.profile.summary.n_prompts == 1
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"])
+def test_an_exception_while_measuring_counts_nothing(family):
+    model, (inputs,) = make_model(family), prompts_of(family, 1)
+    with patch(model, measure_prompts=1) as handle:
+        with pytest.raises(RuntimeError):
+            model(**inputs | {"pixel_values": inputs["pixel_values"][:-1]})
+        assert handle.report()["state"] == "measuring"
+        model(**inputs)
+        assert handle.profile.summary.n_prompts == 1
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"])
+def test_a_cache_that_cannot_be_written_is_reported_and_serving_goes_on(family, cache, log, tmp_path):
+    cache.write_text("in the way")
+    model, (inputs,) = make_model(family), prompts_of(family, 1)
+    with patch(model, measure_prompts=1, template=SMALL) as handle:
+        model(**inputs)
+        ((level, message),) = log()
+        assert level == "ERROR"
+        assert "froze a profile" in message
+        assert str(cache) in message
+        assert "handle.profile.save(path)" in message
+        assert handle.report()["state"] == "sparse"
+        model(**inputs)
+        handle.profile.save(tmp_path / "kept.json")
+        assert Profile.load(tmp_path / "kept.json") == handle.profile
+    assert cache.read_text() == "in the way"
+    assert patch(model).report()["state"] == "measuring"
+
+
+@family_names
+def test_a_profile_beside_the_checkpoint(family, tmp_path, log):
+    folder = tmp_path / "checkpoint"
+    model = make_model(family)
+    with patch(model, mixed_profile(model)):
+        model.save_pretrained(folder)  # a patch does not go into the checkpoint
+    profile = mixed_profile(model)
+    profile.save(folder / FILE_NAME)
+    other = Profile.uniform(Category.SINK, profile.fingerprint)
+    cache_path(profile.fingerprint).parent.mkdir(parents=True)
+    other.save(cache_path(profile.fingerprint))
+
+    loaded = type(model).from_pretrained(folder)
+    assert loaded.config.text_config._attn_implementation == "sdpa"
+    with patch(loaded) as handle:
+        assert handle.profile == profile, "what lies beside the checkpoint comes first"
+    assert log() == [("INFO", f"using the profile {folder / FILE_NAME}")]
+    (folder / FILE_NAME).unlink()
+    with patch(loaded) as handle:
+        assert handle.profile == other
+
+
+@pytest.mark.parametrize("family", ["gemma3"])
+def test_a_file_that_should_hold_the_profile_must(family, tmp_path):
+    """Damaged or of another model: an error, never a silent miss."""
+    folder, model = tmp_path / "checkpoint", make_model(family)
+    model.save_pretrained(folder)
+    loaded = type(model).from_pretrained(folder)
+    (folder / FILE_NAME).write_text(mixed_profile(model).to_json()[:-30])
+    with pytest.raises(ProfileError, match=rf"^{folder / FILE_NAME}: "):
+        patch(loaded)
+    mixed_profile(make_model(family, seed=1)).save(folder / FILE_NAME)
+    with pytest.raises(ProfileMismatchError, match="digest: the profile says"):
+        patch(loaded)
+    (folder / FILE_NAME).unlink()
+    path = cache_path(fingerprint(model))
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(ProfileError, match=rf"^{path}: "):
+        patch(loaded)
+    assert not hasattr(loaded, "_blindsight_handle")
+
+
+def test_where_the_cache_is(tmp_path, monkeypatch):
+    mine = fingerprint(make_model("gemma3"))
+    name = f"profiles/gemma3-{mine.digest[7:31]}.json"
+    assert cache_path(mine) == tmp_path / "cache" / name
+    monkeypatch.setenv("BLINDSIGHT_CACHE", "")
+    assert cache_path(mine) == tmp_path / "xdg" / "blindsight" / name
+    monkeypatch.delenv("BLINDSIGHT_CACHE")
+    assert cache_path(mine) == tmp_path / "xdg" / "blindsight" / name
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_path(mine) == tmp_path / "home" / ".cache" / "blindsight" / name
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl"])
+def test_frozen_categories_follow_from_the_measurements(family):
+    """Not all one category, so that freezing has something to say; and the choice can be made again from the file."""
+    model = make_model(family)
+    with patch(model, measure_prompts=1, template=SinkTemplate(tuple(range(18)), (), 8)) as handle:
+        model(**prompts_of(family, 1)[0])
+        profile = handle.profile
+    np.testing.assert_array_equal(classify(profile.summary, Thresholds()), profile.categories)
+    assert (profile.categories != Category.DENSE).all(), "with every token a sink nothing is lost"

@@ -1,0 +1,147 @@
+"""Models and profiles that `patch` refuses, with what the message must say; the model is untouched afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma3ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from shared_profiles import Category, SpecialTokens, family_of
+from shared_profiles.profile import Profile, ProfileError, ProfileMismatchError
+from tiny_models import END, FAMILIES, IMAGE, START, VIDEO, make_ids, make_inputs, make_model, mixed_profile
+from torch_blindsight import calibrate, fingerprint, patch
+
+family_names = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture
+def model(family):
+    """A fresh model, which must come out of the test unpatched."""
+    fresh = make_model(family)
+    yield fresh
+    assert not hasattr(fresh, "_blindsight_handle")
+    assert fresh.config.text_config._attn_implementation == "sdpa"
+    assert not fresh._forward_pre_hooks
+    assert not fresh._forward_hooks
+
+
+@family_names
+def test_special_tokens_of_the_real_configurations(model, family):
+    config = model.config.to_dict()
+    found = family_of(config)
+    assert found.name == family
+    assert found.bidirectional == (family == "gemma3")
+    assert found.special_tokens(config) == SpecialTokens(START, END, IMAGE, None if family == "gemma3" else VIDEO)
+
+
+@family_names
+def test_a_profile_of_another_model(model, family):
+    other = make_model(family, seed=1)
+    profile = mixed_profile(other)
+    theirs, mine = fingerprint(other), fingerprint(model)
+    assert theirs.digest != mine.digest
+    message = rf"digest: the profile says '{theirs.digest}', the model has '{mine.digest}'\n.*pass allow_mismatch=True"
+    with pytest.raises(ProfileMismatchError, match=message):
+        patch(model, profile)
+    inputs = make_inputs(family, [make_ids(3)])
+    with torch.no_grad(), patch(model, profile, allow_mismatch=True) as handle:
+        model(**inputs)
+        assert handle.report()["forwards"] == {"sparse": 1}
+        assert handle.profile is profile
+
+
+@family_names
+@pytest.mark.parametrize(
+    ("field", "value"), [("n_layers", 3), ("n_layers", 5), ("n_heads", 2), ("n_heads", 8)], ids=lambda x: str(x)
+)
+def test_a_profile_of_another_shape(model, family, field, value):
+    profile = Profile.uniform(Category.SINK, replace(fingerprint(model), **{field: value}))
+    for allow in (False, True):
+        message = rf"{field}: the profile says {value}, the model has 4\n.*cannot be applied, allow_mismatch or not"
+        with pytest.raises(ProfileMismatchError, match=message):
+            patch(model, profile, allow_mismatch=allow)
+
+
+@pytest.mark.parametrize("family", ["gemma3"])
+def test_a_profile_file_that_is_none(model, tmp_path):
+    path = tmp_path / "profile.json"
+    with pytest.raises(FileNotFoundError):
+        patch(model, path)
+    text = mixed_profile(model).to_json()
+    for content in ("", "{", text[:-20], text.replace("DENSE", "SINK", 1)):
+        path.write_text(content)
+        with pytest.raises(ProfileError, match=r"profile\.json: "):
+            patch(model, path)
+    path.write_text(text)
+    with patch(model, str(path)) as handle:
+        assert handle.profile == mixed_profile(model)
+
+
+def test_another_family():
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match=r"one of qwen2_vl, qwen2_5_vl, gemma3. Got 'llama': this family is not supp"):
+        patch(llama)
+    with pytest.raises(ValueError, match=r"a Hugging Face transformers model. Got Linear, which has no config"):
+        patch(nn.Linear(2, 2))
+
+
+@family_names
+def test_the_language_model_alone(model, family):
+    alone = Gemma3ForCausalLM(model.config.text_config) if family == "gemma3" else model.model.language_model
+    with pytest.raises(ValueError, match=rf"the language model alone, {type(alone).__name__}. Pass the \.\.\.For"):
+        patch(alone)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, on importing its compiler
+@pytest.mark.parametrize("family", ["qwen2_5_vl"])
+def test_compiled_and_wrapped_models(model):
+    with pytest.raises(ValueError, match=r"must not be compiled. Got a compiled OptimizedModule. Patch the model"):
+        patch(torch.compile(model))
+    with pytest.raises(ValueError, match=r"must not be wrapped. Got DataParallel. Patch the model inside it"):
+        patch(nn.DataParallel(model))
+    model.compile()
+    with pytest.raises(ValueError, match=r"must not be compiled. Got a compiled Qwen2_5_VLForConditionalGeneration"):
+        patch(model)
+
+
+@family_names
+def test_weights_that_are_not_there(model, family):
+    profile = mixed_profile(model)
+    absent = make_model(family).to("meta")
+    for attempt in (lambda: patch(absent, profile), lambda: patch(absent), lambda: calibrate(absent, [])):
+        with pytest.raises(ValueError, match=r"weights must be loaded. Got weights on the meta device"):
+            attempt()
+    del model.get_submodule("model.language_model.layers")[1]
+    with pytest.raises(ValueError, match=r"one attention module per layer, 4 in all. Found layers \[0, 2, 3\]"):
+        patch(model, profile)
+
+
+@pytest.mark.parametrize("family", ["gemma3"])
+def test_arguments_out_of_range(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=r"impl must be one of .*portable.*reference.* Got 'fastest'"):
+        patch(model, mixed_profile(model), impl="fastest")
+    with pytest.raises(ValueError, match=r"measure_prompts must be at least 1. Got 0"):
+        patch(model, measure_prompts=0)
+
+
+@family_names
+def test_the_fingerprint_knows_the_model_and_not_its_precision(model, family):
+    mine = fingerprint(model)
+    assert (mine.family, mine.n_layers, mine.n_heads, mine.n_kv_heads, mine.head_dim) == (family, 4, 4, 2, 16)
+    assert fingerprint(make_model(family)) == mine
+    assert fingerprint(make_model(family).double()) == mine
+    assert fingerprint(make_model(family).bfloat16()) == mine
+    with torch.no_grad():
+        model.get_submodule("model.language_model.layers.3.self_attn.k_proj").weight[0, 0] += 0.5
+    assert fingerprint(model) == replace(mine, digest=fingerprint(model).digest)
+    assert fingerprint(model).digest != mine.digest
+    other = make_model(family)
+    other.config.text_config.sliding_window = np.random.default_rng(0).integers(1000, 2000).item()
+    assert fingerprint(other).digest != mine.digest
