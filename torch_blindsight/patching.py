@@ -69,7 +69,8 @@ class Handle:
         if self._previous == NAME:
             raise ValueError(
                 "the model must not share its configuration with a patched model, or be part of one. "
-                "Got a configuration that selects BlindSight already. Unpatch the other model first, or load this one with its own."
+                "Got a configuration that selects BlindSight already. Unpatch the other model first, or "
+                "load this one with its own."
             )
         register()
         self.model.set_attn_implementation({"text_config": NAME})
