@@ -310,40 +310,40 @@ def test_delimiters_that_somebody_wrote_are_text(model, family, profile):
 def test_caches_that_were_changed_between_forwards(model, family, profile):
     """Cropped: still known. Repeated or copied: not known any more, so dense, and counted."""
     inputs = one_prompt(family, 2)
-    n = inputs["input_ids"].shape[1]
     positions = positions_of(model, inputs)
     more = one_prompt(family, 1, seed=9)["input_ids"][:, 1:]
-    step = torch.arange(more.shape[1]) + int(positions.max()) + 1
 
-    def follow(cache, rows=1):
-        ids = more.expand(rows, -1)
-        mask = torch.ones(rows, n + more.shape[1], dtype=torch.long)
-        where = step.expand(*positions.shape[:-2], rows, -1)
-        return model(input_ids=ids, attention_mask=mask, position_ids=where, past_key_values=cache).logits
+    def first_turn():
+        return model(**inputs, past_key_values=DynamicCache()).past_key_values
+
+    def next_turn(cache, rows=1):
+        past, n = cache.get_seq_length(), more.shape[1]
+        where = int(positions.max()) + 1 - inputs["input_ids"].shape[1] + past + torch.arange(n)
+        return model(
+            input_ids=more.expand(rows, -1),
+            attention_mask=torch.ones(rows, past + n, dtype=torch.long),
+            position_ids=where.expand(*positions.shape[:-2], rows, -1),
+            past_key_values=cache,
+        ).logits
 
     with patch(model, profile) as handle:
-        cache = model(**inputs, past_key_values=DynamicCache()).past_key_values
-        want = follow(cache)
-        assert handle.report()["forwards"] == {"sparse": 2}
-        cache.crop(-more.shape[1])
-        assert cache.get_seq_length() == n
-        torch.testing.assert_close(follow(cache), want, **EXACT)
-        assert handle.report()["forwards"] == {"sparse": 3}
+        cache = first_turn()
+        want = [next_turn(cache), next_turn(cache)]
+        cache.crop(-2 * more.shape[1])
+        assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+        for logits in want:
+            torch.testing.assert_close(next_turn(cache), logits, **EXACT)
+        assert handle.report()["forwards"] == {"sparse": 5}
 
-        for change, rows in ((lambda c: c.batch_repeat_interleave(2), 2), (copy.deepcopy, 1)):
-            handle.unpatch()
-            handle = patch(model, profile)
-            cache = model(**inputs, past_key_values=DynamicCache()).past_key_values
+    for change, rows in ((lambda c: c.batch_repeat_interleave(2), 2), (copy.deepcopy, 1)):
+        results = []
+        with patch(model, profile) as handle:
+            cache = first_turn()
             cache = change(cache) or cache
-            follow(cache, rows)
-            follow_up = dict(input_ids=torch.full((rows, 1), 50), past_key_values=cache)
-            model(**follow_up, position_ids=step[-1:].expand(*positions.shape[:-2], rows, -1) + 1)
-            assert handle.report()["forwards"] == {
-                "sparse": 1,
-                "dense: tokens in the cache are unknown": 1,
-                "dense: decode step": 1,
-            }
-        handle.unpatch()
+            before = copy.deepcopy(cache)
+            results += [next_turn(cache, rows), next_turn(cache, rows)]
+            assert handle.report()["forwards"] == {"sparse": 1, "dense: tokens in the cache are unknown": 2}
+        assert torch.equal(torch.stack(results), torch.stack([next_turn(before, rows), next_turn(before, rows)]))
 
 
 @qwens

@@ -1,0 +1,291 @@
+"""Prefill attention by the Triton kernel: checks what it is given, builds the work list, launches.
+
+    plans   = tuple(build_plan(layout, template, ...) for each batch row)     once a prompt
+    work    = build_work(plans, ...)                                          once a prompt, on the device
+    out, lse = triton_prefill(q, k, v, work, categories, scale=...)           every layer
+
+`triton_attention` does all three with caches, and is called like every other implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blindsight_kernels.triton_configurations import Configuration, configuration, generation
+from blindsight_kernels.triton_kernels import merge_kernel, prefill_kernel, triton
+from blindsight_kernels.triton_work import N_FIELDS, NO_WINDOW, Work, build_work, order_heads, pack
+from shared_profiles.layout import Layout
+from shared_profiles.plan import build_plan
+from shared_profiles.template import SinkTemplate
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# TRITON_INTERPRET=1 when the kernels were first imported: they run, slowly, on CPU tensors, and nowhere else.
+INTERPRETED = not isinstance(prefill_kernel, triton.runtime.JITFunction)
+MAX_KEYS = 16384  # longest range of one gathered tile by default; longer ones are computed in parts
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layouts: Sequence[Layout],
+    categories: Sequence[int] | np.ndarray,
+    template: SinkTemplate,
+    *,
+    scale: float,
+    window: int | None = None,
+    q_start: int = 0,
+    max_keys: int | None = MAX_KEYS,
+    tiles: Configuration | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Prefill attention of a batch, every head by its category.
+
+    Args:
+        q: queries `[B, H, T, D]`, row t standing at position `q_start + t`. bfloat16, float16 or float32 on a CUDA GPU
+            of compute capability 8.0 or later; D one of 16, 32, 64, 128, 256, contiguous.
+        k, v: keys and values `[B, K, S, D]`, H a multiple of K, S at least `q_start + T`; keys beyond are ignored.
+        layouts: B layouts of `q_start + T` tokens.
+        categories: `[H]` indices into `Category`.
+        template: sinks and local blocks.
+        scale: factor on the scores, usually `D ** -0.5`; positive.
+        window: sliding window in tokens, None for none.
+        q_start: position of the first query.
+        max_keys: longest key range that one program walks for text rows; None never splits.
+        tiles: tile sizes to use instead of the tuned ones.
+
+    Returns:
+        `[B, T, H, D]` outputs in q's dtype, contiguous, and `[B, H, T]` natural log-sum-exps of the scaled scores,
+        float32. Rows of padding are zero and `-inf`.
+
+    Raises:
+        ValueError: inputs that do not fit together, or on the wrong device.
+        NotImplementedError: a head dimension, dtype or GPU that this kernel does not serve.
+    """
+    check_inputs(q, k, v, scale)
+    chosen = choose(q) if tiles is None else tiles
+    stop = q_start + q.shape[2]
+    if len(layouts) != q.shape[0] or any(layout.n_tokens != stop for layout in layouts):
+        raise ValueError(
+            f"there must be {q.shape[0]} layouts of q_start + T = {stop} tokens, padding included. Got layouts of "
+            f"{[layout.n_tokens for layout in layouts]} tokens. Build one layout per batch row from the ids so far."
+        )
+    plans = tuple(
+        build_plan(
+            layout,
+            template,
+            tile_rows=math.gcd(chosen.block_q, template.local_block),
+            window=window,
+            q_start=q_start,
+            q_stop=stop,
+            max_keys=max_keys,
+        )
+        for layout in layouts
+    )
+    return triton_prefill(q, k, v, build_work(plans, chosen.block_k, q.device), categories, scale=scale, tiles=chosen)
+
+
+def triton_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    work: Work,
+    categories: Sequence[int] | np.ndarray,
+    *,
+    scale: float,
+    tiles: Configuration | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`triton_attention` for a work list built before: `build_work(plans, choose(q).block_k, q.device)`.
+
+    Raises:
+        ValueError: as `triton_attention`, or a work list built for other queries, tiles or another device.
+    """
+    check_inputs(q, k, v, scale)
+    chosen = choose(q) if tiles is None else tiles
+    _check_work(q, k, work, categories, chosen)
+    n_batch, n_heads, n_queries, dim = q.shape
+    plan = work.plans[0]
+    out = q.new_empty(n_batch, n_queries, n_heads, dim)
+    lse = q.new_empty(n_batch, n_heads, n_queries, dtype=torch.float32)
+    for b, one in enumerate(work.plans):
+        for padding in (
+            slice(0, max(one.layout.start - plan.q_start, 0)),
+            slice(max(one.layout.stop - plan.q_start, 0), None),
+        ):
+            if padding.start < (n_queries if padding.stop is None else padding.stop):
+                out[b, padding] = 0
+                lse[b, :, padding] = -math.inf
+    if not work.n_tiles:
+        return out, lse
+    heads = order_heads(tuple(map(int, categories)), k.shape[1], work)
+    part_out = q.new_empty(n_heads, work.n_slots, chosen.block_q, dim, dtype=torch.float32)
+    part_lse = q.new_empty(n_heads, work.n_slots, chosen.block_q, dtype=torch.float32)
+    sizes = dict(D=dim, BLOCK_Q=chosen.block_q)
+    with _on(q.device):
+        prefill_kernel[(n_heads * work.n_tiles,)](
+            q,
+            *(_source(x, plan.q_stop, chosen) for x in (k, v)),
+            *(_source(pack(x, work), len(work.packed_index), chosen) for x in (k, v)),
+            out,
+            lse,
+            part_out,
+            part_lse,
+            work.tiles,
+            heads,
+            work.gathered_rows,
+            work.packed_positions,
+            work.n_tiles,
+            work.n_slots,
+            n_queries,
+            n_heads,
+            plan.q_start,
+            NO_WINDOW if plan.window is None else plan.window,
+            scale * math.log2(math.e),
+            *q.stride()[:3],
+            BLOCK_K=chosen.block_k,
+            TMA=chosen.tma,
+            N_FIELDS=N_FIELDS,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # read for float32 only
+            **sizes,
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+        )
+        if work.n_slots:
+            merge_kernel[(n_heads * len(work.merges),)](
+                part_out,
+                part_lse,
+                out,
+                lse,
+                work.merges,
+                work.gathered_rows,
+                len(work.merges),
+                work.n_slots,
+                n_queries,
+                n_heads,
+                plan.q_start,
+                num_warps=chosen.num_warps,
+                **sizes,
+            )
+    return out, lse
+
+
+def choose(q: Tensor) -> Configuration:
+    """The tiles that the kernel runs with for queries like these, on their device."""
+    major = 9 if INTERPRETED else torch.cuda.get_device_capability(q.device)[0]
+    return configuration(generation(major), q.shape[-1], q.dtype.itemsize)
+
+
+def check_device(device: torch.device) -> None:
+    """Refuses a device on which the kernel does not run.
+
+    Raises:
+        ValueError: not a GPU, or not the CPU where kernels are interpreted.
+        NotImplementedError: a GPU older than compute capability 8.0.
+    """
+    if INTERPRETED:
+        if device.type != "cpu":
+            raise ValueError(
+                f"the Triton kernel must get CPU tensors where it is interpreted (TRITON_INTERPRET=1). Got {device}. "
+                "Unset TRITON_INTERPRET to run on a GPU."
+            )
+        return
+    if device.type != "cuda":
+        raise ValueError(
+            f"the Triton kernel must get tensors on a CUDA GPU. Got {device}. Move the model to a GPU, or use the "
+            "portable implementation, which runs anywhere."
+        )
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise NotImplementedError(
+            "the Triton kernel needs a GPU of compute capability 8.0 (Ampere) or later. Got "
+            f"{torch.cuda.get_device_name(device)} with {torch.cuda.get_device_capability(device)}. Use the portable "
+            "implementation."
+        )
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Refuses what the kernel cannot compute, as `triton_attention` says."""
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or _misfit(q, k):
+        raise ValueError(
+            "q, k and v must be [B, H, T, D], [B, K, S, D], [B, K, S, D] with H a multiple of K. Got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}. Do not repeat keys for grouped heads."
+        )
+    if not q.device == k.device == v.device or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v must share one device and one dtype. Got {q.device}, {k.device}, {v.device}; "
+            f"{q.dtype}, {k.dtype}, {v.dtype}. Move or convert them first."
+        )
+    check_device(q.device)
+    if q.dtype not in DTYPES:
+        raise NotImplementedError(
+            f"the Triton kernel computes in {', '.join(map(str, DTYPES))}. Got {q.dtype}. Convert q, k and v, or use "
+            "the portable implementation."
+        )
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be positive and finite, usually D ** -0.5. Got {scale}.")
+    if q.stride(3) != 1:
+        raise ValueError(f"q must be contiguous along D. Got strides {q.stride()}. Call q.contiguous().")
+    for name, x in (("k", k), ("v", v)):
+        if x.stride(3) != 1 or x.data_ptr() % 16 or any(s * x.itemsize % 16 for s in _strides(x)[:3]):
+            raise ValueError(
+                f"{name} must be contiguous along D, with rows that start at multiples of 16 bytes. Got strides "
+                f"{x.stride()} of {x.itemsize} bytes at an address {x.data_ptr() % 16} bytes past such a multiple. "
+                f"Call {name}.contiguous()."
+            )
+
+
+def _misfit(q: Tensor, k: Tensor) -> bool:
+    return q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or not k.shape[1] or bool(q.shape[1] % k.shape[1])
+
+
+def _check_work(
+    q: Tensor, k: Tensor, work: Work, categories: Sequence[int] | np.ndarray, chosen: Configuration
+) -> None:
+    """Refuses a work list that is not for these queries."""
+    plan = work.plans[0]
+    if len(work.plans) != q.shape[0] or plan.q_stop - plan.q_start != q.shape[2]:
+        raise ValueError(
+            f"the plans must be for B={q.shape[0]} rows of T={q.shape[2]} queries. Got {len(work.plans)} plans of "
+            f"queries [{plan.q_start}, {plan.q_stop}). Build them from the layouts of this very prompt or chunk."
+        )
+    if k.shape[2] < plan.q_stop:
+        raise ValueError(
+            f"k and v must hold all keys up to the last query, S >= {plan.q_stop}. Got S={k.shape[2]}. Use a cache "
+            "that keeps every token, or pad dropped keys of a sliding layer on the left."
+        )
+    rows = max(p.tile_rows for p in work.plans)
+    if rows > chosen.block_q or work.block_k != chosen.block_k or work.tiles.device != q.device:
+        raise ValueError(
+            f"the work list must be built with tile_rows up to {chosen.block_q}, block_k={chosen.block_k}, on "
+            f"{q.device}. Got tile_rows={rows}, block_k={work.block_k}, on {work.tiles.device}. Ask choose(q)."
+        )
+    if len(categories) != q.shape[1]:
+        raise ValueError(f"categories must hold one category per query head, H={q.shape[1]}. Got {len(categories)}.")
+
+
+def _source(x: Tensor, n_keys: int, tiles: Configuration) -> Any:
+    """The first `n_keys` keys of `[B, K, S, D]` for the kernel: a tensor descriptor, or pointer and strides."""
+    strides = _strides(x)
+    if not tiles.tma:
+        return x, *strides[:3]
+    return triton.tools.tensor_descriptor.TensorDescriptor(
+        x, [x.shape[0], x.shape[1], n_keys, x.shape[3]], strides, [1, 1, tiles.block_k, x.shape[3]]
+    )
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides, with that of a dimension of one element, which may be anything, replaced by a harmless one."""
+    return [
+        stride if size > 1 or i == 3 else x.shape[3]
+        for i, (stride, size) in enumerate(zip(x.stride(), x.shape, strict=True))
+    ]
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one for a launch."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
