@@ -17,9 +17,9 @@ from torch import Tensor
 from shared_profiles import Category, Layout, SinkTemplate, Tiles, image_tiles, packed_positions
 from shared_profiles.layout import concatenated_ranges
 
-# The fused CPU attention computes whole rectangles: fewer rows waste less of the causal triangle, but from 192 rows on
-# it multiplies 64 rows at a time instead of 32. Measured best: 96 rows for images of 512 tokens, 256 for 2,048.
-_SHORT_BLOCK, _LONG_BLOCK, _LONG_IMAGE = 96, 256, 1024
+# Rows of a block, about. The fused CPU attention computes whole rectangles, so fewer rows waste less of the causal
+# triangle; but from 192 rows on it multiplies 64 rows at a time instead of 32. 256 measured best on two cores.
+_BLOCK_ROWS = 256
 # Neighbouring tiles whose ranges together span at most this many keys share one call.
 _GROUP_SPAN = 192
 # Text rows reach far back. A long run of them is cut into blocks of its own; short runs are gathered, a few rows at a
@@ -223,8 +223,7 @@ def _text_blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
 
 def _block_rows(n_rows: int) -> int:
     """Rows of a block, so that the blocks of one image are of nearly equal size."""
-    target = _SHORT_BLOCK if n_rows < _LONG_IMAGE else _LONG_BLOCK
-    return -(-n_rows // max(1, round(n_rows / target)))
+    return -(-n_rows // max(1, round(n_rows / _BLOCK_ROWS)))
 
 
 def _attend(

@@ -34,8 +34,8 @@ SHIPPED_MODEL = Path(__file__).parents[1] / "models" / "blindsight-tiny-qwen2_5_
 
 # Delimiters alone are sinks: an image has 16 tokens here, and more sinks would be a good part of it.
 TEMPLATE = SinkTemplate(from_start=(0,), from_end=(1,), local_block=8)
-# Chosen by hand on other puzzles than those asked here. This model compares images in its first layers, so mass is asked
-# for there and hardly in the late ones: the paper's alpha, linear in depth.
+# Chosen by hand on other puzzles than those asked here. This model compares images in its first layers, so mass is
+# asked for there and hardly in the late ones: the paper's alpha, linear in depth.
 THRESHOLDS = Thresholds(gamma_sink=1.0, gamma_intra=1.0, gamma_dense=0.4, alpha_first=1.6, alpha_last=0.1)
 
 _LONG_PROMPT = (32, 256)  # images, and their side in pixels: what the timings are taken on
