@@ -17,8 +17,8 @@ from torch import Tensor
 from shared_profiles import Category, Layout, SinkTemplate, Tiles, image_tiles, packed_positions
 from shared_profiles.layout import concatenated_ranges
 
-# Rows of a block, about. The fused CPU attention computes whole rectangles, so fewer rows waste less of the causal
-# triangle; but from 192 rows on it multiplies 64 rows at a time instead of 32. 256 measured best on two cores.
+# Rows of a block. The fused CPU attention computes whole rectangles, so fewer rows waste less of the causal triangle;
+# but only from 192 rows on does it multiply 64 rows at a time instead of 32. 192 and 256 measured alike.
 _BLOCK_ROWS = 256
 # Neighbouring tiles whose ranges together span at most this many keys share one call.
 _GROUP_SPAN = 192
@@ -128,9 +128,8 @@ class _Rows:
             if len(group.lo) > 1:
                 yield self._several(group, p_start, positions, k, v)
                 continue
-            step = _block_rows(stop - start)
-            for s in range(start, stop, step):
-                e = min(s + step, stop)
+            for s in range(start, stop, _BLOCK_ROWS):
+                e = min(s + _BLOCK_ROWS, stop)
                 n_keys = len(positions) if layout.bidirectional else len(positions) - (stop - e)
                 bias = self._bias(np.arange(s, e), positions[:n_keys], both_ways=layout.bidirectional)
                 queries = slice(s - self.q_start, e - self.q_start)
@@ -217,13 +216,8 @@ def _text_blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
     for run in [gathered, *(run for run in runs if len(run) >= _LONG_TEXT)]:
         step = _TEXT_ROWS
         if len(run) and run is not gathered:
-            step = max(_TEXT_ROWS, min(_block_rows(len(run)), _BIAS_ENTRIES // int(run[-1] + 1)))
+            step = max(_TEXT_ROWS, min(_BLOCK_ROWS, _BIAS_ENTRIES // int(run[-1] + 1)))
         yield from np.split(run, range(step, len(run), step)) if len(run) else ()
-
-
-def _block_rows(n_rows: int) -> int:
-    """Rows of a block, so that the blocks of one image are of nearly equal size."""
-    return -(-n_rows // max(1, round(n_rows / _BLOCK_ROWS)))
 
 
 def _attend(
