@@ -11,13 +11,13 @@ from torch import nn
 from tqdm import tqdm
 
 from shared_profiles import SinkTemplate
-from shared_profiles.classifier import Thresholds, classify
+from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Profile
 from shared_profiles.statistics import PromptStatistics, Statistics
 from torch_blindsight.models import fingerprint, inspect_model
 from torch_blindsight.observe import ObserveMode, Observer
-from torch_blindsight.patching import Handle
-from torch_blindsight.provenance import make_provenance, prompt_digest
+from torch_blindsight.patching import HANDLE, Handle
+from torch_blindsight.provenance import make_profile, prompt_digest
 
 
 def calibrate(
@@ -54,7 +54,7 @@ def calibrate(
             the model is patched.
         OSError: the state cannot be written.
     """
-    if getattr(model, "_blindsight_handle", None) is not None:
+    if getattr(model, HANDLE, None) is not None:
         raise ValueError("the model must not be patched while it is calibrated. Call unpatch() on its handle first.")
     info = inspect_model(model)
     print_ = fingerprint(model, info)
@@ -94,15 +94,7 @@ def calibrate(
             f"calibration needs prompts with at least two images. Got none ({skipped} prompts with fewer). "
             "Pass multi-image prompts like those you serve."
         )
-    summary = statistics.summarize()
-    return Profile(
-        categories=classify(summary, thresholds),
-        template=template,
-        fingerprint=print_,
-        summary=summary,
-        choice=thresholds.to_choice(),
-        provenance=make_provenance(dataset, statistics),
-    )
+    return make_profile(statistics, thresholds, template, print_, dataset)
 
 
 def _start(state: str | Path | None, n_layers: int, n_heads: int, origin: str) -> Statistics:

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from shared_profiles import Layout, SinkTemplate
-from shared_profiles.classifier import Thresholds, classify
+from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Fingerprint, Profile
 from shared_profiles.statistics import Statistics
 from torch_blindsight.attention import AttendLayer
@@ -14,7 +14,7 @@ from torch_blindsight.lookup import cache_path
 from torch_blindsight.models import ModelInfo
 from torch_blindsight.modes import Implementation, Mode, SparseMode
 from torch_blindsight.observe import ObserveMode
-from torch_blindsight.provenance import make_provenance, prompt_digest
+from torch_blindsight.provenance import make_profile, prompt_digest
 
 logger = logging.getLogger("torch_blindsight")
 
@@ -53,21 +53,12 @@ class Freezer(ObserveMode):
         assert self.observer is not None
         for digest, record in zip(self._digests, self.observer.records(), strict=True):
             if record is not None:
-                # Inside generate the pictures are not among the arguments: equal ids may be different prompts.
+                # Only the ids are hashed, and equal ids may be different prompts.
                 self.statistics.add(f"{digest}-{len(self.statistics)}", record)
         return self if len(self.statistics) < self.n_prompts else SparseMode(self._freeze(), self.impl)
 
     def _freeze(self) -> Profile:
-        thresholds = Thresholds()
-        summary = self.statistics.summarize()
-        profile = Profile(
-            categories=classify(summary, thresholds),
-            template=self.template,
-            fingerprint=self.fingerprint,
-            summary=summary,
-            choice=thresholds.to_choice(),
-            provenance=make_provenance("first prompts seen", self.statistics),
-        )
+        profile = make_profile(self.statistics, Thresholds(), self.template, self.fingerprint, "first prompts seen")
         self._save(profile)
         return profile
 

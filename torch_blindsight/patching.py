@@ -30,7 +30,7 @@ from torch_blindsight.prompts import Dense, TokenHistory, read_layouts, worth_it
 
 logger = logging.getLogger("torch_blindsight")
 
-_HANDLE = "_blindsight_handle"
+HANDLE = "_blindsight_handle"  # the attribute of a patched model that holds its handle
 
 
 class Handle:
@@ -78,7 +78,7 @@ class Handle:
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
-        setattr(self.model, _HANDLE, self)
+        setattr(self.model, HANDLE, self)
         taken = [m.config._attn_implementation == NAME for m in self.info.attentions]
         if not all(taken) or not registered():
             self.unpatch()
@@ -90,13 +90,13 @@ class Handle:
 
     def unpatch(self) -> None:
         """Restores the model as it was before `patch`; harmless to repeat."""
-        if getattr(self.model, _HANDLE, None) is not self:
+        if getattr(self.model, HANDLE, None) is not self:
             return
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self.model.set_attn_implementation({"text_config": self._previous})
-        delattr(self.model, _HANDLE)
+        delattr(self.model, HANDLE)
 
     def __enter__(self) -> Handle:
         return self
@@ -111,7 +111,7 @@ class Handle:
             `state`: "sparse", "measuring" or "unpatched"; `categories`: per layer, heads of each category, None
             while measuring; `forwards`: how many ran `"sparse"`, `"measured"`, or `"dense: <reason>"`.
         """
-        patched = getattr(self.model, _HANDLE, None) is self
+        patched = getattr(self.model, HANDLE, None) is self
         categories = None
         if self.profile is not None:
             categories = [{c.name: int((layer == c).sum()) for c in Category} for layer in self.profile.categories]
@@ -213,7 +213,7 @@ def patch(
         template,
         measure_prompts,
     )
-    current = getattr(model, _HANDLE, None)
+    current = getattr(model, HANDLE, None)
     if current is not None:
         if current.asked == asked:
             return current

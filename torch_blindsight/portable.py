@@ -155,8 +155,7 @@ class _Rows:
             shown &= positions > rows[:, None] - self.window
         queries = torch.from_numpy(rows - self.q_start).to(self.q.device)
         hidden = torch.from_numpy(~shown).to(self.q.device)
-        bias = torch.zeros(hidden.shape, dtype=self.q.dtype, device=self.q.device).masked_fill_(hidden, -torch.inf)
-        return queries, *_attend(self.q[:, :, queries], k, v, self.scale, bias=bias)
+        return queries, *_attend(self.q[:, :, queries], k, v, self.scale, bias=self._hide(hidden))
 
     def _text(self, rows: np.ndarray) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
         """Text and delimiter rows: everything before them, inside the window."""
@@ -185,6 +184,10 @@ class _Rows:
         if cut:
             assert self.window is not None
             hidden |= c <= r - self.window
+        return self._hide(hidden)
+
+    def _hide(self, hidden: Tensor) -> Tensor:
+        """The bias that hides keys: -inf where `hidden`, else zero."""
         return torch.zeros(hidden.shape, dtype=self.q.dtype, device=self.q.device).masked_fill_(hidden, -torch.inf)
 
     def _triangle(self, n_rows: int, n_keys: int) -> Tensor:

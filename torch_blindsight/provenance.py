@@ -1,4 +1,4 @@
-"""Where statistics came from: digests of prompts and data sets, library versions, time."""
+"""From statistics to a profile that says where they came from: digests of prompts, library versions, time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared_profiles.profile import Provenance
+from shared_profiles.classifier import Thresholds, classify
+from shared_profiles.profile import Fingerprint, Profile, Provenance
 from shared_profiles.statistics import Statistics
+from shared_profiles.template import SinkTemplate
 
 
 def prompt_digest(inputs: Mapping[str, Any]) -> str:
@@ -24,6 +26,21 @@ def prompt_digest(inputs: Mapping[str, Any]) -> str:
         digest.update(f"{name}{tuple(array.shape)}{array.dtype}".encode())
         digest.update(array.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
+
+
+def make_profile(
+    statistics: Statistics, thresholds: Thresholds, template: SinkTemplate, fingerprint: Fingerprint, dataset: str
+) -> Profile:
+    """The profile that thresholds choose from statistics measured with `template` on `dataset`."""
+    summary = statistics.summarize()
+    return Profile(
+        categories=classify(summary, thresholds),
+        template=template,
+        fingerprint=fingerprint,
+        summary=summary,
+        choice=thresholds.to_choice(),
+        provenance=make_provenance(dataset, statistics),
+    )
 
 
 def make_provenance(dataset: str, statistics: Statistics) -> Provenance:
