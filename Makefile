@@ -17,7 +17,7 @@ help: ## list these targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 18
 	@echo "  VENV=folder (default .venv) and PYTHON=interpreter may be given."
 
-install: $(STAMP) ## make the virtual environment with the pinned stack (about 3 minutes and 5.5 GB, once)
+install: $(STAMP) ## make the virtual environment with the pinned stack (about 4 minutes and 6 GB, once)
 
 demo: $(STAMP) ## run the demonstration on a small model, on a CPU
 	$(BIN)/blindsight demo
@@ -35,8 +35,8 @@ clean: ## remove caches and build output; the virtual environment stays
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing into $(VENV): about 3 minutes the first time"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,cli,dev]'
+	@echo "Installing into $(VENV): about 4 minutes the first time"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,jax,cli,dev]'
 	@touch $@
 
 # Each candidate is run, not just found: a pyenv shim may stand on PATH and fail, a system Python may lack venv.

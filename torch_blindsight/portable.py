@@ -24,7 +24,7 @@ _BLOCK_ROWS = 256
 _GROUP_SPAN = 192
 # Text rows reach far back. A long run of them is cut into blocks of its own; short runs are gathered, a few rows at a
 # time, because the block reaches as far as its last row.
-_LONG_TEXT, _TEXT_ROWS = 64, 16
+_LONG_TEXT, _TEXT_ROWS = 64, 32
 # Entries of a text block's bias at most, unless `_TEXT_ROWS` rows have more.
 _BIAS_ENTRIES = 1 << 24
 # Scores held at once by the unfused attention of devices other than the CPU.
