@@ -18,11 +18,11 @@ from blindsight_cli.loading import DTYPES, ask, load_checkpoint, load_image, pic
 from blindsight_cli.main import app
 from blindsight_cli.prompt_file import read_prompts
 from shared_profiles import Category, Layout, category_mask
+from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
 from shared_profiles.statistics import Statistics
 from tiny_checkpoints import save_checkpoint, save_prompts
 from torch_blindsight import calibrate, fingerprint, patch
-from torch_blindsight.lookup import FILE_NAME
 from torch_blindsight.models import inspect_model
 
 QUESTION = "Is the color of images 1 and 2 the same?"

@@ -10,10 +10,10 @@ import torch
 
 from shared_profiles import Category, SinkTemplate
 from shared_profiles.classifier import Thresholds, classify
+from shared_profiles.lookup import FILE_NAME, cache_path
 from shared_profiles.profile import Profile, ProfileError, ProfileMismatchError
 from tiny_models import FAMILIES, make_ids, make_inputs, make_model, make_video_inputs, mixed_profile
 from torch_blindsight import calibrate, fingerprint, patch
-from torch_blindsight.lookup import FILE_NAME, cache_path
 
 family_names = pytest.mark.parametrize("family", FAMILIES)
 SMALL = SinkTemplate((0, 1), (1, 2), 8)
@@ -61,7 +61,8 @@ def test_measures_the_first_prompts_then_freezes_and_is_found_again(family, cach
     profile = handle.profile
     path = cache_path(profile.fingerprint)
     counts = ", ".join(f"{n} {category.name}" for category, n in profile.counts().items())
-    froze = f"measured 3 prompts and froze a profile ({counts}); prefills are sparse from now on; saved as {path}"
+    what = "are sparse from now on" if profile.categories.any() else "stay dense: no head may be sparse"
+    froze = f"measured 3 prompts and froze a profile ({counts}); prefills {what}; saved as {path}"
     assert log() == [("WARNING", froze)]
     assert profile.template == SMALL
     assert profile.fingerprint == fingerprint(model)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -13,11 +14,11 @@ from tqdm import tqdm
 from shared_profiles import SinkTemplate
 from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Profile
+from shared_profiles.provenance import make_profile, prompt_digest
 from shared_profiles.statistics import PromptStatistics, Statistics
-from torch_blindsight.models import fingerprint, inspect_model
+from torch_blindsight.models import PACKAGES, fingerprint, inspect_model
 from torch_blindsight.observe import ObserveMode, Observer
 from torch_blindsight.patching import HANDLE, Handle
-from torch_blindsight.provenance import make_profile, prompt_digest
 
 
 def calibrate(
@@ -71,7 +72,7 @@ def calibrate(
             prompts, desc="calibrating", unit="prompt", disable=None if progress is None else not progress
         ):
             _check_prompt(model, prompt)
-            prompt_id = prompt_digest(prompt)
+            prompt_id = prompt_digest(_arrays(prompt))
             if prompt_id in statistics:
                 continue
             record = _measure(model, mode, prompt)
@@ -94,7 +95,7 @@ def calibrate(
             f"calibration needs prompts with at least two images. Got none ({skipped} prompts with fewer). "
             "Pass multi-image prompts like those you serve."
         )
-    return make_profile(statistics, thresholds, template, print_, dataset)
+    return make_profile(statistics, thresholds, template, print_, dataset, PACKAGES)
 
 
 def _start(state: str | Path | None, n_layers: int, n_heads: int, origin: str) -> Statistics:
@@ -125,6 +126,16 @@ def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
             f"prompts must be on the model's device, {device}. Got {', '.join(wrong)} elsewhere: "
             f"call .to({str(device)!r})."
         )
+
+
+def _arrays(prompt: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The prompt in NumPy."""
+    arrays = {}
+    for name, x in prompt.items():
+        if isinstance(x, torch.Tensor):
+            x = (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()  # NumPy has no bfloat16
+        arrays[name] = np.asarray(x)
+    return arrays
 
 
 @torch.no_grad()

@@ -7,14 +7,14 @@ from typing import Any
 
 from shared_profiles import Layout, SinkTemplate
 from shared_profiles.classifier import Thresholds
+from shared_profiles.lookup import cache_path
 from shared_profiles.profile import Fingerprint, Profile
+from shared_profiles.provenance import make_profile, prompt_digest
 from shared_profiles.statistics import Statistics
 from torch_blindsight.attention import AttendLayer
-from torch_blindsight.lookup import cache_path
-from torch_blindsight.models import ModelInfo
+from torch_blindsight.models import PACKAGES, ModelInfo
 from torch_blindsight.modes import Implementation, Mode, SparseMode
 from torch_blindsight.observe import ObserveMode
-from torch_blindsight.provenance import make_profile, prompt_digest
 
 logger = logging.getLogger("torch_blindsight")
 
@@ -45,7 +45,7 @@ class Freezer(ObserveMode):
 
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
         """Measures this prompt."""
-        self._digests = [prompt_digest({"input_ids": row}) for row in arguments["input_ids"]]
+        self._digests = [prompt_digest({"input_ids": row}) for row in arguments["input_ids"].cpu().numpy()]
         return super().prefill(layouts, q_start, arguments)
 
     def after(self) -> Mode:
@@ -58,15 +58,17 @@ class Freezer(ObserveMode):
         return self if len(self.statistics) < self.n_prompts else SparseMode(self._freeze(), self.impl)
 
     def _freeze(self) -> Profile:
-        profile = make_profile(self.statistics, Thresholds(), self.template, self.fingerprint, "first prompts seen")
+        profile = make_profile(
+            self.statistics, Thresholds(), self.template, self.fingerprint, "first prompts seen", PACKAGES
+        )
         self._save(profile)
         return profile
 
     def _save(self, profile: Profile) -> None:
         path = cache_path(self.fingerprint)
         counts = ", ".join(f"{n} {category.name}" for category, n in profile.counts().items())
-        measured = (
-            f"measured {len(self.statistics)} prompts and froze a profile ({counts}); prefills are sparse from now on"
+        measured = f"measured {len(self.statistics)} prompts and froze a profile ({counts}); prefills " + (
+            "are sparse from now on" if profile.categories.any() else "stay dense: no head may be sparse"
         )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from shared_profiles import FAMILIES, Family, SpecialTokens, family_of
+from shared_profiles.fingerprints import make_fingerprint
 from shared_profiles.profile import Fingerprint
 
-# What decides how a head attends; a change of any of these makes another model of it.
-_TEXT_KEYS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rope_parameters",
-    "layer_types",
-    "sliding_window",
-)
+PACKAGES = ("torch", "transformers")  # whose versions a profile's provenance names
 
 
 @dataclass(frozen=True)
@@ -120,21 +111,15 @@ def fingerprint(model: nn.Module, info: ModelInfo | None = None) -> Fingerprint:
     """
     info = info or inspect_model(model)
     config: Any = model.config
-    text = config.get_text_config().to_dict()
-    settings = {key: text.get(key) for key in _TEXT_KEYS}
-    digest = hashlib.sha256(json.dumps([info.family.name, settings], sort_keys=True, default=str).encode())
+    return make_fingerprint(info.family.name, config.get_text_config().to_dict(), _projections(info))
+
+
+def _projections(info: ModelInfo) -> Iterator[np.ndarray]:
+    """The query and key projection weights of every layer, as bytes of bfloat16."""
     for attention in info.attentions:
         for projection in (attention.q_proj, attention.k_proj):
             # PEFT and quantizers keep the layer they wrap in `base_layer`.
             weight = getattr(projection, "base_layer", projection).weight
             if weight.device.type == "meta":
                 raise ValueError("the model's weights must be loaded. Got weights on the meta device.")
-            digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy())
-    return Fingerprint(
-        family=info.family.name,
-        n_layers=info.n_layers,
-        n_heads=info.n_heads,
-        n_kv_heads=info.n_kv_heads,
-        head_dim=info.head_dim,
-        digest="sha256:" + digest.hexdigest(),
-    )
+            yield weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy()

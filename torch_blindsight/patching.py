@@ -20,10 +20,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from shared_profiles import Category, SinkTemplate
+from shared_profiles.lookup import find_profile
 from shared_profiles.profile import Fingerprint, Profile
 from torch_blindsight.attention import NAME, Prefill, current_prefill, register, registered
 from torch_blindsight.freeze import Freezer
-from torch_blindsight.lookup import find_profile
 from torch_blindsight.models import ModelInfo, fingerprint, inspect_model
 from torch_blindsight.modes import IMPLEMENTATIONS, Implementation, Mode, SparseMode
 from torch_blindsight.prompts import Dense, TokenHistory, read_layouts, worth_it

@@ -13,10 +13,10 @@ from blindsight_cli.output import note, print_json, results
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
 from shared_profiles import SinkTemplate
 from shared_profiles.classifier import Thresholds
+from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
 from shared_profiles.summary import LEVELS
 from torch_blindsight import calibrate
-from torch_blindsight.lookup import FILE_NAME
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it."""

@@ -237,9 +237,9 @@ def _check_checkpoint(folder: Path) -> Iterator[Check]:
     """Family and shape of a checkpoint, its processor, its fingerprint, and the profile that would be used."""
     from blindsight_cli.loading import load_model, load_processor
     from blindsight_cli.report import figures
+    from shared_profiles.lookup import find_profile
     from shared_profiles.profile import ProfileError
     from torch_blindsight import fingerprint
-    from torch_blindsight.lookup import find_profile
 
     try:
         model = load_model(folder)

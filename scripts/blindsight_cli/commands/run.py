@@ -19,9 +19,9 @@ from blindsight_cli.loading import ask, check_family, load_checkpoint, load_imag
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.report import figures
 from shared_profiles import Category, Layout, SinkTemplate, count_model_pairs
+from shared_profiles.lookup import find_profile
 from shared_profiles.profile import Profile
 from torch_blindsight import Handle, fingerprint, patch
-from torch_blindsight.lookup import find_profile
 from torch_blindsight.models import inspect_model
 
 COMPARE_REPEATS = 3

@@ -19,9 +19,9 @@ from blindsight_cli.loading import load_checkpoint
 from blindsight_cli.report import AccuracyRow, KindAccuracy
 from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle, make_puzzle
 from shared_profiles import Category, Layout, PairCounts, count_model_pairs
+from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
 from torch_blindsight import fingerprint, patch
-from torch_blindsight.lookup import FILE_NAME
 from torch_blindsight.models import inspect_model
 
 # Seeds of puzzles, apart from one another so that nothing is measured on what it was chosen on.

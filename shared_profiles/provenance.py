@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import numpy as np
-import torch
 
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.profile import Fingerprint, Profile, Provenance
@@ -17,21 +15,25 @@ from shared_profiles.statistics import Statistics
 from shared_profiles.template import SinkTemplate
 
 
-def prompt_digest(inputs: Mapping[str, Any]) -> str:
-    """A hash of one prompt's tensors, whatever their order, device and memory layout."""
+def prompt_digest(inputs: Mapping[str, np.ndarray]) -> str:
+    """A hash of what a processor returned for one prompt, whatever its order and memory layout."""
     digest = hashlib.sha256()
     for name in sorted(inputs):
-        value = inputs[name]
-        array = value.detach().cpu() if isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
-        digest.update(f"{name}{tuple(array.shape)}{array.dtype}".encode())
-        digest.update(array.contiguous().flatten().view(torch.uint8).numpy())
+        array = np.ascontiguousarray(inputs[name])
+        digest.update(f"{name}{array.shape}{array.dtype}".encode())
+        digest.update(array.tobytes())
     return digest.hexdigest()[:32]
 
 
 def make_profile(
-    statistics: Statistics, thresholds: Thresholds, template: SinkTemplate, fingerprint: Fingerprint, dataset: str
+    statistics: Statistics,
+    thresholds: Thresholds,
+    template: SinkTemplate,
+    fingerprint: Fingerprint,
+    dataset: str,
+    packages: Iterable[str],
 ) -> Profile:
-    """The profile that thresholds choose from statistics measured with `template` on `dataset`."""
+    """The profile that thresholds choose from statistics measured with `template` on `dataset`, by these packages."""
     summary = statistics.summarize()
     return Profile(
         categories=classify(summary, thresholds),
@@ -39,11 +41,11 @@ def make_profile(
         fingerprint=fingerprint,
         summary=summary,
         choice=thresholds.to_choice(),
-        provenance=make_provenance(dataset, statistics),
+        provenance=make_provenance(dataset, statistics, packages),
     )
 
 
-def make_provenance(dataset: str, statistics: Statistics) -> Provenance:
+def make_provenance(dataset: str, statistics: Statistics, packages: Iterable[str]) -> Provenance:
     """The provenance of a profile made now from these statistics; the data set's hash is that of its prompts."""
     ids = statistics.prompt_ids
     return Provenance(
@@ -52,7 +54,7 @@ def make_provenance(dataset: str, statistics: Statistics) -> Provenance:
         n_prompts=len(ids),
         n_tokens=statistics.n_tokens,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={name: installed(name) for name in ("blindsight", "torch", "transformers", "numpy")},
+        versions={name: installed(name) for name in ("blindsight", *packages, "numpy")},
     )
 
 
