@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +21,21 @@ Attend = Callable[..., tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def interpreted() -> Iterator[Attend]:
-    """Yields `triton_attention` for CPU tensors; its outputs are filled with NaN before the kernel runs."""
+def worker() -> Iterator[Callable[..., Any]]:
+    """Yields `call(function, *args)`, which runs a module's function where Triton is interpreted."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_interpret) as pool:
+        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
+
+
+@contextmanager
+def interpreted() -> Iterator[Attend]:
+    """Yields `triton_attention` for CPU tensors; its outputs are filled with NaN before the kernel runs."""
+    with worker() as call:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
             dtype = str(q.dtype).removeprefix("torch.")
-            out, lse = pool.submit(_attend, dtype, [x.float().numpy() for x in (q, k, v)], args, kwargs).result()
+            out, lse = call(_attend, dtype, [x.float().numpy() for x in (q, k, v)], args, kwargs)
             return torch.from_numpy(out).to(q.dtype), torch.from_numpy(lse)
 
         yield attend

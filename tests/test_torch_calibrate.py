@@ -13,19 +13,19 @@ from shared_profiles import SPARSE, Category, Layout, SinkTemplate, category_mas
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.statistics import Statistics
 from tiny_models import (
-    FAMILIES,
     IMAGE_TOKENS,
     double_model,
+    family_names,
     in_double,
     make_ids,
     make_inputs,
     make_model,
     make_video_inputs,
     mixed_profile,
+    patch,
 )
-from torch_blindsight import calibrate, fingerprint, patch
+from torch_blindsight import calibrate, fingerprint, observe
 
-family_names = pytest.mark.parametrize("family", FAMILIES)
 SMALL = SinkTemplate((0, 1), (1, 2), 8)
 QUIET = dict(template=SMALL, progress=False)
 
@@ -107,6 +107,22 @@ def test_the_statistics_are_those_of_a_direct_computation(family):
     for category in SPARSE:
         assert summary.kept[category] == pytest.approx(pairs[category] / pairs[0], rel=1e-5)
     assert 0.05 < summary.mass_mean[Category.INTRA_IMAGE].min() < summary.mass_mean[Category.SINK].max() < 0.999
+
+
+@family_names
+def test_rows_are_measured_a_few_at_a_time(family, monkeypatch):
+    """However few: what is averaged is the same, so a prompt's length bounds no memory but that of its outputs."""
+    model, inputs = double_model(family), in_double(make_inputs(family, [make_ids(3)]))
+    whole = calibrate(model, [inputs], **QUIET).summary
+    seen = []
+    rows = observe._rows
+    monkeypatch.setattr(observe, "_rows", lambda *args: seen.append(len(args[2])) or rows(*args))
+    monkeypatch.setattr(observe, "_ROWS", 5)
+    pieces = calibrate(model, [inputs], **QUIET).summary
+    assert max(seen) <= 5
+    for category in SPARSE:
+        np.testing.assert_allclose(pieces.mass_mean[category], whole.mass_mean[category], rtol=1e-5)
+        np.testing.assert_allclose(pieces.error_mean[category], whole.error_mean[category], rtol=1e-5)
 
 
 @family_names

@@ -14,32 +14,28 @@ from shared_profiles import Category, SinkTemplate
 from shared_profiles.profile import Profile
 from tiny_models import (
     END,
-    FAMILIES,
     IMAGE,
     IMAGE_TOKENS,
     START,
     VIDEO,
     double_model,
+    family_names,
     in_double,
     make_ids,
     make_inputs,
     make_video_inputs,
     mixed_profile,
+    patch,
     positions_of,
+    qwens,
 )
-from torch_blindsight import fingerprint, patch
+from torch_blindsight import fingerprint
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 EXACT = dict(rtol=0, atol=1e-9)
 # A random model would write placeholders, and then the same word for ever.
 GREEDY = dict(do_sample=False, suppress_tokens=[IMAGE, VIDEO], no_repeat_ngram_size=2)
-family_names = pytest.mark.parametrize("family", FAMILIES)
-qwens = pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

@@ -13,12 +13,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shared_profiles import Category, SinkTemplate
 from shared_profiles.profile import Profile
-from tiny_models import FAMILIES, double_model, in_double, make_ids, make_inputs, make_model, mixed_profile
-from torch_blindsight import fingerprint, patch
+from tiny_models import (
+    FAMILIES,
+    double_model,
+    family_names,
+    in_double,
+    make_ids,
+    make_inputs,
+    make_model,
+    mixed_profile,
+    patch,
+)
+from torch_blindsight import fingerprint
 from torch_blindsight.attention import NAME, current_prefill
 from torch_blindsight.models import inspect_model
-
-family_names = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +108,12 @@ def test_report(case):
     text = make_inputs(case.family, [make_ids(1)])
     with patch(case.model, case.profile) as handle:
         one_of_each = {"DENSE": 1, "SINK": 1, "INTRA_IMAGE": 1, "INTRA_IMAGE_SINK": 1}
-        assert handle.report() == {"state": "sparse", "categories": [one_of_each] * 4, "forwards": {}}
+        assert handle.report() == {
+            "state": "sparse",
+            "impl": "portable",
+            "categories": [one_of_each] * 4,
+            "forwards": {},
+        }
         case.model.generate(**case.inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
         case.model(**text)
         case.model(**text)

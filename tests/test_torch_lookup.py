@@ -12,17 +12,12 @@ from shared_profiles import Category, SinkTemplate
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.lookup import FILE_NAME, cache_path
 from shared_profiles.profile import Profile, ProfileError, ProfileMismatchError
-from tiny_models import FAMILIES, make_ids, make_inputs, make_model, make_video_inputs, mixed_profile
-from torch_blindsight import calibrate, fingerprint, patch
+from tiny_models import family_names, make_ids, make_inputs, make_model, make_video_inputs, mixed_profile, patch
+from torch_blindsight import calibrate, fingerprint
 
-family_names = pytest.mark.parametrize("family", FAMILIES)
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 SMALL = SinkTemplate((0, 1), (1, 2), 8)
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +46,7 @@ def test_measures_the_first_prompts_then_freezes_and_is_found_again(family, cach
     model, prompts = make_model(family), prompts_of(family, 3)
     dense = [model(**x).logits for x in prompts]
     handle = patch(model, template=SMALL, measure_prompts=3)
-    assert handle.report() == {"state": "measuring", "categories": None, "forwards": {}}
+    assert handle.report() == {"state": "measuring", "impl": "portable", "categories": None, "forwards": {}}
     assert handle.profile is None
     model(**make_inputs(family, [make_ids(1)]))  # shows nothing, so it does not count
     for x, want in zip(prompts, dense, strict=True):

@@ -11,35 +11,31 @@ from shared_profiles import Category, SinkTemplate
 from shared_profiles.profile import Profile
 from tiny_models import (
     END,
-    FAMILIES,
     IMAGE,
     IMAGE_TOKENS,
     PAD,
     START,
     double_model,
+    family_names,
     in_double,
     make_ids,
     make_inputs,
     make_model,
     make_video_inputs,
     mixed_profile,
+    patch,
     positions_of,
+    qwens,
 )
-from torch_blindsight import fingerprint, patch
+from torch_blindsight import fingerprint
 from torch_blindsight.models import inspect_model
 from torch_blindsight.prompts import TokenHistory, read_layouts
+
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 EXACT = dict(rtol=0, atol=1e-9)  # float64 sums in another order; logits are about 2 apart
 # Every token of an image is a sink, so INTRA_IMAGE_SINK keeps all that DENSE keeps.
 EVERYTHING = SinkTemplate(tuple(range(IMAGE_TOKENS + 2)), (), 8)
-family_names = pytest.mark.parametrize("family", FAMILIES)
-qwens = pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

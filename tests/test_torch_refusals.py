@@ -12,10 +12,8 @@ from transformers import Gemma3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from shared_profiles import Category, SpecialTokens, family_of
 from shared_profiles.profile import Profile, ProfileError, ProfileMismatchError
-from tiny_models import END, FAMILIES, IMAGE, START, VIDEO, make_ids, make_inputs, make_model, mixed_profile
-from torch_blindsight import calibrate, fingerprint, patch
-
-family_names = pytest.mark.parametrize("family", FAMILIES)
+from tiny_models import END, IMAGE, START, VIDEO, family_names, make_ids, make_inputs, make_model, mixed_profile, patch
+from torch_blindsight import calibrate, fingerprint
 
 
 @pytest.fixture

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import (
     Gemma3Config,
@@ -17,22 +19,30 @@ from transformers import (
 
 from shared_profiles import SinkTemplate
 from shared_profiles.profile import Profile
-from torch_blindsight import fingerprint
+from torch_blindsight import Handle, fingerprint
+from torch_blindsight import patch as patch_with_break_even
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "gemma3")
+family_names = pytest.mark.parametrize("family", FAMILIES)
+qwens = pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 START, END, IMAGE, VIDEO, PAD = 3, 4, 5, 6, 0
 IMAGE_TOKENS = 16  # 8 x 8 patches of 4 x 4 pixels, merged by 2 x 2
 
 
-def make_model(family: str, seed: int = 0) -> torch.nn.Module:
-    """A random model in evaluation mode: 4 layers, 4 query and 2 key/value heads; scores spread enough to matter."""
+def patch(model: torch.nn.Module, profile: Any = None, **options: Any) -> Handle:
+    """`torch_blindsight.patch` that runs the tests' prompts sparsely, short as they are."""
+    return patch_with_break_even(model, profile, **dict(break_even=False) | options)
+
+
+def make_model(family: str, seed: int = 0, n_layers: int = 4) -> torch.nn.Module:
+    """A random model in evaluation mode, up to 4 layers, 4 query and 2 kv heads; scores spread enough to matter."""
     torch.manual_seed(seed)
     tokens = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END)
     text = dict(
         vocab_size=96,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=n_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=2048,
@@ -46,7 +56,7 @@ def make_model(family: str, seed: int = 0) -> torch.nn.Module:
             head_dim=16,
             query_pre_attn_scalar=16,
             sliding_window=24,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"][-n_layers:],
         )
         vision = dict(
             hidden_size=32,
@@ -126,9 +136,10 @@ def make_video_inputs(frames: list[int], seed: int = 0) -> dict[str, torch.Tenso
 def mixed_profile(model: torch.nn.Module, seed: int = 0, template: SinkTemplate | None = None) -> Profile:
     """A profile with all four categories in every layer, in an order drawn from the seed."""
     rng = np.random.default_rng(seed)
-    categories = np.stack([rng.permutation(4) for _ in range(4)])
     template = template or SinkTemplate((0, 1), (1, 2), 8)
-    return Profile(categories, template, fingerprint(model), None, {"method": "manual"})
+    print_ = fingerprint(model)
+    categories = np.stack([rng.permutation(4) for _ in range(print_.n_layers)])
+    return Profile(categories, template, print_, None, {"method": "manual"})
 
 
 @cache

@@ -3,6 +3,9 @@
 Both are registered once under one name. What a forward needs travels in a context variable that the patch's hooks
 set and clear: no state lives in the functions, and two threads may serve two models. With no prefill announced, or
 one that runs dense, both do exactly what transformers' own SDPA does.
+
+Under `torch.compile` a prefill is one opaque operator, `blindsight::prefill`, that looks for the prompt when it runs:
+the compiled graph knows nothing of layouts or profiles, and one graph serves every prompt.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,16 +40,45 @@ class Prefill:
         layouts: one per batch row, of `q_start + T` tokens.
         q_start: position of the first query; more than 0 on a filled cache.
         attend: computes one layer.
+        differentiable: whether torch can differentiate what `attend` does.
         layers: the layers that came by; the patch checks afterwards that all did.
     """
 
     layouts: list[Layout]
     q_start: int
     attend: AttendLayer
+    differentiable: bool = False
     layers: list[int] = field(default_factory=list)
 
 
 current_prefill: ContextVar[Prefill | None] = ContextVar("blindsight_prefill", default=None)
+
+
+class _Announced:
+    """Whether a prefill is announced, as `torch.compile` can see and guard it: it cannot trace a context variable.
+
+    One for all threads, unlike the context variable. Compiled models that prefill in two threads at once may find the
+    other's answer here; `blindsight::prefill` and the patch's hooks then raise.
+    """
+
+    def __init__(self) -> None:
+        self.sparse = False
+
+
+_announced = _Announced()
+
+
+def announce(prefill: Prefill | None) -> None:
+    """Says what the forward that now begins is; None: one that runs dense, or none."""
+    current_prefill.set(prefill)
+    _announced.sparse = prefill is not None
+
+
+def _runs_dense() -> bool:
+    """Whether the forward in progress is none that BlindSight computes."""
+    if torch.compiler.is_compiling():
+        return not _announced.sparse
+    return current_prefill.get() is None
 
 
 def blindsight_attention(
@@ -72,29 +105,62 @@ def blindsight_attention(
     Returns:
         `[B, T, H, D]` contiguous, and None for the weights.
     """
-    prefill = current_prefill.get()
-    if prefill is None:
+    if _runs_dense():
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if not torch.compiler.is_compiling() and current_prefill.get().differentiable:  # type: ignore[union-attr]
+        return _prefill(query, key, value, layer, scale, sliding_window), None
+    return prefill_op(query, key, value, layer, scale, sliding_window), None
+
+
+def _prefill(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int | None) -> Tensor:
+    """One layer of the announced prefill: `[B, H, T, D]`, `[B, K, S, D]` -> `[B, T, H, D]` contiguous."""
+    prefill = current_prefill.get()
+    if prefill is None:
+        raise RuntimeError(
+            "a compiled model must be called in one thread at a time, and through the patched model, whose hooks say "
+            "what the prompt is. Got a sparse forward with no prompt announced."
+        )
     prefill.layers.append(layer)
-    missing = prefill.q_start + query.shape[2] - key.shape[2]
+    missing = prefill.q_start + q.shape[2] - k.shape[2]
     if missing > 0:
-        if sliding_window is None:
+        if window is None:
             raise ValueError(
-                f"layer {layer} must get the keys of all {prefill.q_start + query.shape[2]} tokens. "
-                f"Got {key.shape[2]}: the cache dropped some. Use a cache that keeps full-attention layers whole."
+                f"layer {layer} must get the keys of all {prefill.q_start + q.shape[2]} tokens. "
+                f"Got {k.shape[2]}: the cache dropped some. Use a cache that keeps full-attention layers whole."
             )
         # A sliding layer's cache holds the last keys only; the others are out of every query's window.
-        key, value = (F.pad(x, (0, 0, missing, 0)) for x in (key, value))
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return prefill.attend(prefill, layer, query, key, value, scale, sliding_window), None
+        k, v = (F.pad(x, (0, 0, missing, 0)) for x in (k, v))
+    return prefill.attend(prefill, layer, q, k, v, scale, window)
+
+
+# What it computes depends on the announced prompt, which a recorded CUDA graph would not see change.
+prefill_op = torch.library.custom_op(
+    "blindsight::prefill", _prefill, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+
+
+@prefill_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int | None) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> None:
+    raise NotImplementedError(
+        "this prefill cannot be differentiated: it is compiled, or computed by an implementation without gradients. "
+        "Run it under torch.no_grad(); or for gradients, patch with impl='portable' and do not compile."
+    )
+
+
+prefill_op.register_autograd(_no_gradient)
 
 
 def blindsight_mask(*args, **kwargs) -> Tensor | None:
     """No mask for a prefill that BlindSight computes, transformers' SDPA mask for any other forward."""
-    return sdpa_mask(*args, **kwargs) if current_prefill.get() is None else None
+    return sdpa_mask(*args, **kwargs) if _runs_dense() else None
 
 
 def register() -> None:

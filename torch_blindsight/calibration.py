@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from shared_profiles import SinkTemplate
 from shared_profiles.classifier import Thresholds
+from shared_profiles.collection import collect
 from shared_profiles.profile import Profile
-from shared_profiles.provenance import make_profile, prompt_digest
-from shared_profiles.statistics import PromptStatistics, Statistics
+from shared_profiles.provenance import make_profile
+from shared_profiles.statistics import PromptStatistics
+from torch_blindsight.implementations import Name, implementation
 from torch_blindsight.models import PACKAGES, fingerprint, inspect_model
 from torch_blindsight.observe import ObserveMode, Observer
 from torch_blindsight.patching import HANDLE, Handle
@@ -31,6 +33,7 @@ def calibrate(
     state: str | Path | None = None,
     save_every: int = 8,
     progress: bool | None = None,
+    impl: Name | None = None,
 ) -> Profile:
     """Measures a model on prompts and chooses a category for every head.
 
@@ -46,6 +49,7 @@ def calibrate(
         state: file in which the statistics are kept, written every `save_every` prompts and on interruption.
         save_every: how often.
         progress: show a progress bar on standard error; default: when it is a terminal.
+        impl: what computes the attention that is measured; as in `patch`.
 
     Returns:
         The profile, with the statistics it was chosen from and their provenance. It is not saved.
@@ -53,6 +57,7 @@ def calibrate(
     Raises:
         ValueError: no prompt has two images, a prompt is malformed, tokens and model are on different devices, or
             the model is patched.
+        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
         OSError: the state cannot be written.
     """
     if getattr(model, HANDLE, None) is not None:
@@ -60,55 +65,27 @@ def calibrate(
     info = inspect_model(model)
     print_ = fingerprint(model, info)
     template, thresholds = template or SinkTemplate(), thresholds or Thresholds()
-    statistics = _start(state, info.n_layers, info.n_heads, _origin(print_.digest, template))
-    mode = ObserveMode(info, template)
-    handle = Handle(model, info, mode)
+    chosen = implementation(impl, model, info)
+    mode = ObserveMode(info, template, chosen.attend)
+    handle = Handle(model, info, mode, chosen)
     handle.install()
     training = [module for module in model.modules() if module.training]
     model.eval()
-    unsaved = skipped = 0
     try:
-        for prompt in tqdm(
-            prompts, desc="calibrating", unit="prompt", disable=None if progress is None else not progress
-        ):
-            _check_prompt(model, prompt)
-            prompt_id = prompt_digest(_arrays(prompt))
-            if prompt_id in statistics:
-                continue
-            record = _measure(model, mode, prompt)
-            if record is None:
-                skipped += 1
-                continue
-            statistics.add(prompt_id, record)
-            unsaved += 1
-            if state is not None and unsaved >= save_every:
-                statistics.save(state)
-                unsaved = 0
+        statistics = collect(
+            tqdm(prompts, desc="calibrating", unit="prompt", disable=None if progress is None else not progress),
+            lambda prompt: _measure(model, mode, prompt),
+            lambda prompt: _arrays(model, prompt),
+            print_,
+            template,
+            state=state,
+            save_every=save_every,
+        )
     finally:
         handle.unpatch()
         for module in training:
             module.training = True
-        if state is not None and unsaved:
-            statistics.save(state)
-    if not len(statistics):
-        raise ValueError(
-            f"calibration needs prompts with at least two images. Got none ({skipped} prompts with fewer). "
-            "Pass multi-image prompts like those you serve."
-        )
     return make_profile(statistics, thresholds, template, print_, dataset, PACKAGES)
-
-
-def _start(state: str | Path | None, n_layers: int, n_heads: int, origin: str) -> Statistics:
-    """The statistics to go on from: those of the state file, or none yet."""
-    fresh = Statistics(n_layers, n_heads, origin=origin)
-    if state is None or not Path(state).exists():
-        return fresh
-    return fresh.merge(Statistics.load(state))  # refuses a state of another model or template
-
-
-def _origin(digest: str, template: SinkTemplate) -> str:
-    """What statistics were measured on: the model, and the template that decides what a category keeps."""
-    return f"{digest} {template.from_start} {template.from_end} {template.local_block}"
 
 
 def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
@@ -128,8 +105,9 @@ def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
         )
 
 
-def _arrays(prompt: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The prompt in NumPy."""
+def _arrays(model: nn.Module, prompt: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The prompt in NumPy, once checked."""
+    _check_prompt(model, prompt)
     arrays = {}
     for name, x in prompt.items():
         if isinstance(x, torch.Tensor):

@@ -12,8 +12,9 @@ from shared_profiles.profile import Fingerprint, Profile
 from shared_profiles.provenance import make_profile, prompt_digest
 from shared_profiles.statistics import Statistics
 from torch_blindsight.attention import AttendLayer
+from torch_blindsight.implementations import Implementation
 from torch_blindsight.models import PACKAGES, ModelInfo
-from torch_blindsight.modes import Implementation, Mode, SparseMode
+from torch_blindsight.modes import Mode, SparseMode
 from torch_blindsight.observe import ObserveMode
 
 logger = logging.getLogger("torch_blindsight")
@@ -27,19 +28,27 @@ class Freezer(ObserveMode):
         fingerprint: what the profile will be bound to.
         template: sinks and local blocks.
         n_prompts: how many prompts to measure.
-        impl: how sparse attention will be computed.
+        implementation: what measures them, and computes what comes after.
+        break_even: see `SparseMode`.
 
     Raises:
         ValueError: `n_prompts` is not positive.
     """
 
     def __init__(
-        self, info: ModelInfo, fingerprint: Fingerprint, template: SinkTemplate, n_prompts: int, impl: Implementation
+        self,
+        info: ModelInfo,
+        fingerprint: Fingerprint,
+        template: SinkTemplate,
+        n_prompts: int,
+        implementation: Implementation,
+        break_even: bool,
     ) -> None:
-        super().__init__(info, template)
+        super().__init__(info, template, implementation.attend)
         if n_prompts < 1:
             raise ValueError(f"measure_prompts must be at least 1. Got {n_prompts}.")
-        self.fingerprint, self.n_prompts, self.impl = fingerprint, n_prompts, impl
+        self.fingerprint, self.n_prompts = fingerprint, n_prompts
+        self._implementation, self._break_even = implementation, break_even
         self.statistics = Statistics(info.n_layers, info.n_heads, origin=fingerprint.digest)
         self._digests: list[str] = []
 
@@ -55,7 +64,9 @@ class Freezer(ObserveMode):
             if record is not None:
                 # Only the ids are hashed, and equal ids may be different prompts.
                 self.statistics.add(f"{digest}-{len(self.statistics)}", record)
-        return self if len(self.statistics) < self.n_prompts else SparseMode(self._freeze(), self.impl)
+        if len(self.statistics) < self.n_prompts:
+            return self
+        return SparseMode(self._freeze(), self._implementation, self.info, self._break_even)
 
     def _freeze(self) -> Profile:
         profile = make_profile(

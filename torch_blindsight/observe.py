@@ -6,7 +6,8 @@ two means over the image rows that have an earlier image are kept (DESIGN.md, se
 * retained mass `exp(lse_category - lse_dense)`, the share of softmax weight that the category keeps;
 * relative output error `||o_category - o_dense|| / ||o_dense||`.
 
-Nothing of size T * S ever exists, so a prompt that prefills can also be measured.
+Both come from the outputs and log-sum-exps of the implementation in use, a few rows at a time: nothing of size T * S
+ever exists, and no second copy of the outputs, so a prompt that prefills can also be measured.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from shared_profiles import SPARSE, Category, Layout, SinkTemplate, count_model_
 from shared_profiles.layout import concatenated_ranges
 from shared_profiles.statistics import PromptStatistics
 from torch_blindsight.attention import AttendLayer, Prefill
+from torch_blindsight.implementations import Attend
 from torch_blindsight.models import ModelInfo
 from torch_blindsight.modes import Mode
-from torch_blindsight.portable import portable_attention
 from torch_blindsight.prompts import Dense
+
+# Rows measured at once: their outputs are compared in float32.
+_ROWS = 4096
 
 
 class ObserveMode:
@@ -33,17 +37,18 @@ class ObserveMode:
     Args:
         info: the model.
         template: sinks and local blocks.
+        attend: what computes the attention, and its log-sum-exps.
     """
 
-    def __init__(self, info: ModelInfo, template: SinkTemplate) -> None:
-        self.info, self.template = info, template
+    def __init__(self, info: ModelInfo, template: SinkTemplate, attend: Attend) -> None:
+        self.info, self.template, self._attend = info, template, attend
         self.observer: Observer | None = None
 
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
         """Measures this prompt."""
         if q_start:
             raise Dense("only whole prompts are measured")
-        self.observer = Observer(layouts, self.info.n_layers, self.info.n_heads, self.template)
+        self.observer = Observer(layouts, self.info.n_layers, self.info.n_heads, self.template, self._attend)
         return "measured", self.observer.attend
 
     def after(self) -> Mode:
@@ -58,10 +63,13 @@ class Observer:
         layouts: B layouts of the whole prompts; rows with fewer than two images are skipped.
         n_layers, n_heads: shape of the model.
         template: sinks and local blocks.
+        attend: what computes the attention.
     """
 
-    def __init__(self, layouts: list[Layout], n_layers: int, n_heads: int, template: SinkTemplate) -> None:
-        self.layouts, self.template = layouts, template
+    def __init__(
+        self, layouts: list[Layout], n_layers: int, n_heads: int, template: SinkTemplate, attend: Attend
+    ) -> None:
+        self.layouts, self.template, self._attend = layouts, template, attend
         self.mass = np.zeros((len(layouts), len(SPARSE), n_layers, n_heads), dtype=np.float32)
         self.error = np.zeros_like(self.mass)
         self.windows: list[int | None] = [None] * n_layers
@@ -77,24 +85,28 @@ class Observer:
         n_heads = q.shape[1]
 
         def run(category: Category) -> tuple[Tensor, Tensor]:
-            return portable_attention(
-                q, k, v, self.layouts, [category] * n_heads, self.template, scale=scale, window=window
-            )
+            return self._attend(q, k, v, self.layouts, [category] * n_heads, self.template, scale=scale, window=window)
 
-        dense, dense_lse = run(Category.DENSE)
+        dense = run(Category.DENSE)
+        chunks = [
+            (b, [torch.from_numpy(x).to(q.device) for x in np.array_split(rows, -(-len(rows) // _ROWS))])
+            for b, rows in enumerate(self.rows)
+            if len(rows)
+        ]
+        norms = {b: [_rows(dense[0], b, index).norm(dim=-1) for index in indices] for b, indices in chunks}
         for c, category in enumerate(SPARSE):
-            sparse, lse = run(category)
-            for b, rows in enumerate(self.rows):
-                if not len(rows):
-                    continue
-                index = torch.from_numpy(rows).to(q.device)
-                reference = dense[b, index].float()  # [n, H, D]
-                change = (sparse[b, index].float() - reference).norm(dim=-1)  # [n, H]
-                change = torch.where(change == 0, 0.0, change / reference.norm(dim=-1))  # a pruned head is all zeros
-                mass = torch.exp(lse[b][:, index] - dense_lse[b][:, index])  # [H, n]
-                self.mass[b, c, layer] = mass.double().mean(1).cpu().numpy()
-                self.error[b, c, layer] = change.double().mean(0).cpu().numpy()
-        return dense
+            sparse = run(category)
+            for b, indices in chunks:
+                mass = torch.zeros(n_heads, dtype=torch.float64, device=q.device)
+                error = torch.zeros_like(mass)
+                for index, norm in zip(indices, norms[b], strict=True):  # norm: [n, H]
+                    change = (_rows(sparse[0], b, index) - _rows(dense[0], b, index)).norm(dim=-1)
+                    error += torch.where(change == 0, 0.0, change / norm).double().sum(0)  # a pruned head is all zeros
+                    mass += torch.exp(sparse[1][b][:, index] - dense[1][b][:, index]).double().sum(1)
+                self.mass[b, c, layer] = (mass / len(self.rows[b])).cpu().numpy()
+                self.error[b, c, layer] = (error / len(self.rows[b])).cpu().numpy()
+            del sparse
+        return dense[0]
 
     def records(self) -> list[PromptStatistics | None]:
         """One record per batch row, None for rows with fewer than two images."""
@@ -115,3 +127,8 @@ class Observer:
             error=self.error[b],
             kept=np.array(pairs[1:]) / pairs[0],
         )
+
+
+def _rows(out: Tensor, b: int, index: Tensor) -> Tensor:
+    """Some rows of outputs `[B, T, H, D]`: `[n, H, D]` float32."""
+    return out[b, index].float()

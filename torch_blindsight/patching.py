@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from shared_profiles import Category, SinkTemplate
 from shared_profiles.lookup import find_profile
 from shared_profiles.profile import Fingerprint, Profile
-from torch_blindsight.attention import NAME, Prefill, current_prefill, register, registered
+from torch_blindsight.attention import NAME, Prefill, announce, current_prefill, register, registered
 from torch_blindsight.freeze import Freezer
+from torch_blindsight.implementations import Implementation, Name, implementation
 from torch_blindsight.models import ModelInfo, fingerprint, inspect_model
-from torch_blindsight.modes import IMPLEMENTATIONS, Implementation, Mode, SparseMode
+from torch_blindsight.modes import Mode, SparseMode
 from torch_blindsight.prompts import Dense, TokenHistory, read_layouts, worth_it
 
 logger = logging.getLogger("torch_blindsight")
@@ -40,11 +41,12 @@ class Handle:
         model: the patched model.
         info: its attention-relevant facts.
         mode: how the next prefill is computed.
+        implementation: what computes its attention.
     """
 
-    def __init__(self, model: nn.Module, info: ModelInfo, mode: Mode) -> None:
+    def __init__(self, model: nn.Module, info: ModelInfo, mode: Mode, implementation: Implementation) -> None:
         self.model: Any = model  # nn.Module does not know transformers' methods
-        self.info, self.mode = info, mode
+        self.info, self.mode, self.implementation = info, mode, implementation
         self.asked: tuple | None = None
         self._history = TokenHistory()
         self._counts: Counter[str] = Counter()
@@ -108,8 +110,9 @@ class Handle:
         """What the patch did so far.
 
         Returns:
-            `state`: "sparse", "measuring" or "unpatched"; `categories`: per layer, heads of each category, None
-            while measuring; `forwards`: how many ran `"sparse"`, `"measured"`, or `"dense: <reason>"`.
+            `state`: "sparse", "measuring" or "unpatched"; `impl`: what computes prefills; `categories`: per layer,
+            heads of each category, None while measuring; `forwards`: how many ran `"sparse"`, `"measured"`, or
+            `"dense: <reason>"`.
         """
         patched = getattr(self.model, HANDLE, None) is self
         categories = None
@@ -117,6 +120,7 @@ class Handle:
             categories = [{c.name: int((layer == c).sum()) for c in Category} for layer in self.profile.categories]
         return {
             "state": "unpatched" if not patched else "sparse" if self.profile is not None else "measuring",
+            "impl": self.implementation.name,
             "categories": categories,
             "forwards": dict(self._counts),
         }
@@ -135,15 +139,15 @@ class Handle:
             layouts, q_start = read_layouts(arguments, self.info.family, self.info.special, self._history)
             worth_it(layouts, q_start)
             how, attend = self.mode.prefill(layouts, q_start, arguments)
-            prefill = Prefill(layouts, q_start, attend)
+            prefill = Prefill(layouts, q_start, attend, how == "sparse" and self.implementation.differentiable)
         except Dense as reason:
             how = f"dense: {reason}"
         self._counts[how] += 1
-        current_prefill.set(prefill)
+        announce(prefill)
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         prefill = current_prefill.get()
-        current_prefill.set(None)
+        announce(None)
         pending, self._pending = self._pending, None
         if output is None:  # the forward raised
             return
@@ -179,10 +183,11 @@ def patch(
     model: nn.Module,
     profile: Profile | str | Path | None = None,
     *,
-    impl: Implementation = "portable",
+    impl: Name | None = None,
     allow_mismatch: bool = False,
     template: SinkTemplate | None = None,
     measure_prompts: int = 4,
+    break_even: bool = True,
 ) -> Handle:
     """Makes a Hugging Face Qwen2-VL, Qwen2.5-VL or Gemma 3 model prefill sparsely.
 
@@ -193,10 +198,13 @@ def patch(
     Args:
         model: the multimodal model, e.g. `Qwen2_5_VLForConditionalGeneration`, not compiled and not wrapped.
         profile: a profile, or the path of one.
-        impl: "portable", plain torch on any device; "reference", the float64 oracle, for tests.
+        impl: "triton", the GPU kernel; "portable", plain torch on any device; "reference", the float64 oracle, for
+            tests. Default: "triton" for a model on a CUDA device, "portable" elsewhere; `Handle.report` says which.
         allow_mismatch: accept a profile of another model with as many layers and heads.
         template: sinks and local blocks for a profile that is still to be measured; a profile brings its own.
         measure_prompts: how many prompts to measure before freezing.
+        break_even: run prompts dense that are too short to gain (`break_even.py` has the rule). False: all multi-image
+            prompts run sparse, for comparisons.
 
     Returns:
         The handle of the patch. Patching again with the same arguments returns the same handle.
@@ -204,6 +212,8 @@ def patch(
     Raises:
         ValueError: not a supported model; or the model is patched already, with other arguments.
         ProfileError: the profile is damaged or belongs to another model.
+        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model: its device, dtype or
+            head dimension, or Triton itself.
         RuntimeError: transformers did not take the patch; the model is unchanged.
     """
     asked = (
@@ -212,6 +222,7 @@ def patch(
         allow_mismatch,
         template,
         measure_prompts,
+        break_even,
     )
     current = getattr(model, HANDLE, None)
     if current is not None:
@@ -221,33 +232,28 @@ def patch(
             "the model must not be patched already with other arguments. "
             "Call unpatch() on the handle that patch() returned."
         )
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}. Got {impl!r}.")
     info = inspect_model(model)
     print_ = fingerprint(model, info)
+    chosen = implementation(impl, model, info)
     if profile is None:
-        mode = _search(model, info, print_, impl, template, measure_prompts)
+        profile = _find(model, print_)
     else:
         profile = profile if isinstance(profile, Profile) else Profile.load(profile)
         profile.require(print_, allow_mismatch=allow_mismatch)
-        mode = SparseMode(profile, impl)
-    handle = Handle(model, info, mode)
+    if profile is None:
+        mode: Mode = Freezer(info, print_, template or SinkTemplate(), measure_prompts, chosen, break_even)
+    else:
+        mode = SparseMode(profile, chosen, info, break_even)
+    handle = Handle(model, info, mode, chosen)
     handle.asked = asked
     handle.install()
     return handle
 
 
-def _search(
-    model: nn.Module,
-    info: ModelInfo,
-    print_: Fingerprint,
-    impl: Implementation,
-    template: SinkTemplate | None,
-    measure_prompts: int,
-) -> Mode:
-    """Finds the model's profile, or prepares to measure one."""
+def _find(model: nn.Module, print_: Fingerprint) -> Profile | None:
+    """The model's profile, from the places where one may lie."""
     found = find_profile(print_, getattr(model.config, "_name_or_path", None))
     if found is None:
-        return Freezer(info, print_, template or SinkTemplate(), measure_prompts, impl)
+        return None
     logger.info("using the profile %s", found[1])
-    return SparseMode(found[0], impl)
+    return found[0]

@@ -14,12 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blindsight_kernels.checks import check_arrays, check_categories, check_keys, check_layouts
 from shared_profiles import Category, Layout, SinkTemplate, Tiles, image_tiles, packed_positions
 from shared_profiles.layout import concatenated_ranges
+from torch_blindsight.heads import as_index, pick, put
+from torch_blindsight.merging import merge
 
 # Rows of a block. The fused CPU attention computes whole rectangles, so fewer rows waste less of the causal triangle;
 # but only from 192 rows on does it multiply 64 rows at a time instead of 32. 192 and 256 measured alike.
 _BLOCK_ROWS = 256
+# From 768 rows on it multiplies 256 at a time: keys that this many rows all see, if they are many, are a call of their
+# own, merged by log-sum-exp.
+_CHUNK_ROWS, _CHUNK_KEYS = 1024, 768
 # Neighbouring tiles whose ranges together span at most this many keys share one call.
 _GROUP_SPAN = 192
 # Text rows reach far back. A long run of them is cut into blocks of its own; short runs are gathered, a few rows at a
@@ -62,7 +68,10 @@ def portable_attention(
     Raises:
         ValueError: shapes, devices or layouts do not fit together.
     """
-    _check(q, k, v, layouts, categories, q_start)
+    check_arrays(q, k, v)
+    check_layouts(layouts, q.shape[0], q_start, q.shape[2])
+    check_keys(k.shape[2], q_start + q.shape[2])
+    check_categories(categories, q.shape[1])
     n_batch, n_heads, n_queries, dim = q.shape
     out = q.new_empty(n_batch, n_queries, n_heads, dim)
     precise = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -75,14 +84,14 @@ def portable_attention(
     for value in np.unique(categories):
         heads = np.flatnonzero(categories == value)
         # [B, heads, T, D]; a view when the heads are neighbours
-        q_heads = _pick(q, heads)
-        k_heads, v_heads = (_pick(x, heads // group) for x in (k, v))
-        where = _as_index(heads, q.device)
+        q_heads = pick(q, heads)
+        k_heads, v_heads = (pick(x, heads // group) for x in (k, v))
+        where = as_index(heads, q.device)
         for b, layout in enumerate(layouts):
             rows = _Rows(q_heads[b : b + 1], k_heads[b : b + 1], v_heads[b : b + 1], layout, scale, window, q_start)
             for queries, o, m in rows.blocks(Category(int(value)), template):
-                _put(out[b], queries, where, o[0].transpose(0, 1))
-                _put(lse[b].T, queries, where, m[0].T)
+                put(out[b], queries, where, o[0].transpose(0, 1))
+                put(lse[b].T, queries, where, m[0].T)
     return out, lse
 
 
@@ -116,27 +125,48 @@ class _Rows:
             layout, category, template, packed, window=self.window, q_start=self.q_start, q_stop=self.q_stop
         )
         index = torch.from_numpy(packed).to(self.q.device)
-        packed_k, packed_v = self.k[:, :, index], self.v[:, :, index]  # [1, heads, P, D]
-        for group in _groups(tiles):
+        packed_kv = [x[:, :, index] for x in (self.k, self.v)]  # [1, heads, P, D]
+        groups = list(_groups(tiles))
+        longest = max((int(g.packed_stop[-1] - g.packed_start[0] + g.hi[-1] - g.lo[0]) for g in groups), default=0)
+        buffers = [x.new_empty(1, x.shape[1], longest, x.shape[3]) for x in (self.k, self.v)]
+        for group in groups:
             start, stop, lo, hi = (int(x) for x in (group.row_start[0], group.row_stop[-1], group.lo[0], group.hi[-1]))
             p_start, p_stop = int(group.packed_start[0]), int(group.packed_stop[-1])
-            k, v = self.k[:, :, lo:hi], self.v[:, :, lo:hi]
-            if p_stop > p_start:
-                k = torch.cat([packed_k[:, :, p_start:p_stop], k], dim=2)
-                v = torch.cat([packed_v[:, :, p_start:p_stop], v], dim=2)
             positions = np.r_[packed[p_start:p_stop], lo:hi]
+            k, v = (
+                _join(extra[:, :, p_start:p_stop], own[:, :, lo:hi], buffer)
+                for extra, own, buffer in zip(packed_kv, (self.k, self.v), buffers, strict=True)
+            )
             if len(group.lo) > 1:
                 yield self._several(group, p_start, positions, k, v)
-                continue
-            for s in range(start, stop, _BLOCK_ROWS):
-                e = min(s + _BLOCK_ROWS, stop)
-                n_keys = len(positions) if layout.bidirectional else len(positions) - (stop - e)
-                bias = self._bias(np.arange(s, e), positions[:n_keys], both_ways=layout.bidirectional)
-                queries = slice(s - self.q_start, e - self.q_start)
-                yield (
-                    queries,
-                    *_attend(self.q[:, :, queries], k[:, :, :n_keys], v[:, :, :n_keys], self.scale, bias=bias),
-                )
+            else:
+                yield from self._image(start, stop, positions, k, v)
+
+    def _image(
+        self, start: int, stop: int, positions: np.ndarray, k: Tensor, v: Tensor
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The rows `[start, stop)` of one image; the last of its keys, at `positions`, is its last row if causal."""
+        both_ways = self.layout.bidirectional
+        first = start
+        while first < stop:
+            last = first + (stop - first - 1) % _CHUNK_ROWS + 1
+            common = len(positions) - (stop - first)
+            ahead = None
+            if self.window is None and not both_ways and last - first == _CHUNK_ROWS and common >= _CHUNK_KEYS:
+                rows = slice(first - self.q_start, last - self.q_start)
+                ahead = _attend(self.q[:, :, rows], k[:, :, :common], v[:, :, :common], self.scale)
+            begin = 0 if ahead is None else common
+            for s in range(first, last, _BLOCK_ROWS):
+                e = min(s + _BLOCK_ROWS, last)
+                end = len(positions) - (0 if both_ways else stop - e)
+                bias = self._bias(np.arange(s, e), positions[begin:end], both_ways=both_ways)
+                rows = slice(s - self.q_start, e - self.q_start)
+                o, m = _attend(self.q[:, :, rows], k[:, :, begin:end], v[:, :, begin:end], self.scale, bias=bias)
+                if ahead is not None:
+                    part = slice(s - first, e - first)
+                    o, m = merge(ahead[0][:, :, part], ahead[1][:, :, part], o, m)
+                yield rows, o, m
+            first = last
 
     def _several(
         self, group: Tiles, p_start: int, positions: np.ndarray, k: Tensor, v: Tensor
@@ -223,6 +253,19 @@ def _text_blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
         yield from np.split(run, range(step, len(run), step)) if len(run) else ()
 
 
+def _join(extra: Tensor, own: Tensor, buffer: Tensor) -> Tensor:
+    """`[extra | own]` along the tokens, written into `buffer` if there is anything to join and nothing to record."""
+    n = extra.shape[2]
+    if n == 0:
+        return own
+    if torch.is_grad_enabled() and own.requires_grad:
+        return torch.cat([extra, own], dim=2)
+    joined = buffer[:, :, : n + own.shape[2]]
+    joined[:, :, :n] = extra
+    joined[:, :, n:] = own
+    return joined
+
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -253,45 +296,3 @@ def _attend_unfused(
         lses.append(scores.logsumexp(-1))
         outs.append((torch.exp(scores - lses[-1][..., None]) @ v.to(precise)).to(q.dtype))
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
-
-
-def _pick(x: Tensor, heads: np.ndarray) -> Tensor:
-    """Heads of `[B, H, N, D]`, without a copy where they are neighbours."""
-    return x[:, _as_index(heads, x.device)]
-
-
-def _as_index(heads: np.ndarray, device: torch.device) -> slice | Tensor:
-    if (np.diff(heads) == 1).all():
-        return slice(int(heads[0]), int(heads[-1]) + 1)
-    return torch.from_numpy(heads).to(device)
-
-
-def _put(target: Tensor, rows: slice | Tensor, heads: slice | Tensor, value: Tensor) -> None:
-    """`target[rows, heads] = value` for `[T, H, ...]`, also where rows and heads are both lists."""
-    if isinstance(rows, Tensor) and isinstance(heads, Tensor):
-        rows = rows[:, None]
-    target[rows, heads] = value.to(target.dtype)
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, layouts: Sequence[Layout], categories: Sequence[int] | np.ndarray, q_start: int
-) -> None:
-    """Refuses inputs that do not fit together."""
-    stop = q_start + q.shape[2]
-    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            "q, k and v must be [B, H, T, D], [B, K, S, D], [B, K, S, D] with H a multiple of K. Got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
-        )
-    if not q.device == k.device == v.device or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"q, k and v must share one device and one dtype. Got {q.device}, {k.device}, {v.device}; "
-            f"{q.dtype}, {k.dtype}, {v.dtype}."
-        )
-    if len(layouts) != q.shape[0] or any(layout.n_tokens != stop for layout in layouts) or k.shape[2] < stop:
-        raise ValueError(
-            f"there must be {q.shape[0]} layouts of q_start + T = {stop} tokens, and at least as many "
-            f"keys. Got layouts of {[layout.n_tokens for layout in layouts]} tokens and {k.shape[2]} keys."
-        )
-    if len(categories) != q.shape[1]:
-        raise ValueError(f"categories must hold one category per query head, H={q.shape[1]}. Got {len(categories)}.")

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blindsight_kernels.triton_configurations import Configuration, configuration, generation
+from blindsight_kernels.checks import check_arrays, check_categories, check_keys, check_layouts
+from blindsight_kernels.triton_configurations import GENERATIONS, Configuration, configuration, generation
 from blindsight_kernels.triton_kernels import merge_kernel, prefill_kernel, triton
 from blindsight_kernels.triton_work import N_FIELDS, NO_WINDOW, Work, build_work, order_heads, pack
 from shared_profiles.layout import Layout
@@ -44,6 +45,7 @@ def triton_attention(
     q_start: int = 0,
     max_keys: int | None = MAX_KEYS,
     tiles: Configuration | None = None,
+    skip_dense: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Prefill attention of a batch, every head by its category.
 
@@ -59,6 +61,7 @@ def triton_attention(
         q_start: position of the first query.
         max_keys: longest key range that one program walks for text rows; None never splits.
         tiles: tile sizes to use instead of the tuned ones.
+        skip_dense: leave the rows of `DENSE` heads undefined, for a caller who computes them otherwise.
 
     Returns:
         `[B, T, H, D]` outputs in q's dtype, contiguous, and `[B, H, T]` natural log-sum-exps of the scaled scores,
@@ -70,12 +73,7 @@ def triton_attention(
     """
     check_inputs(q, k, v, scale)
     chosen = choose(q) if tiles is None else tiles
-    stop = q_start + q.shape[2]
-    if len(layouts) != q.shape[0] or any(layout.n_tokens != stop for layout in layouts):
-        raise ValueError(
-            f"there must be {q.shape[0]} layouts of q_start + T = {stop} tokens, padding included. Got layouts of "
-            f"{[layout.n_tokens for layout in layouts]} tokens. Build one layout per batch row from the ids so far."
-        )
+    check_layouts(layouts, q.shape[0], q_start, q.shape[2])
     plans = tuple(
         build_plan(
             layout,
@@ -83,12 +81,13 @@ def triton_attention(
             tile_rows=math.gcd(chosen.block_q, template.local_block),
             window=window,
             q_start=q_start,
-            q_stop=stop,
+            q_stop=q_start + q.shape[2],
             max_keys=max_keys,
         )
         for layout in layouts
     )
-    return triton_prefill(q, k, v, build_work(plans, chosen.block_k, q.device), categories, scale=scale, tiles=chosen)
+    work = build_work(plans, chosen.block_k, q.device)
+    return triton_prefill(q, k, v, work, categories, scale=scale, tiles=chosen, skip_dense=skip_dense)
 
 
 def triton_prefill(
@@ -100,6 +99,7 @@ def triton_prefill(
     *,
     scale: float,
     tiles: Configuration | None = None,
+    skip_dense: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`triton_attention` for a work list built before: `build_work(plans, choose(q).block_k, q.device)`.
 
@@ -121,14 +121,14 @@ def triton_prefill(
             if padding.start < (n_queries if padding.stop is None else padding.stop):
                 out[b, padding] = 0
                 lse[b, :, padding] = -math.inf
-    if not work.n_tiles:
+    heads = order_heads(tuple(map(int, categories)), k.shape[1], work, skip_dense)
+    if not work.n_tiles or not len(heads):
         return out, lse
-    heads = order_heads(tuple(map(int, categories)), k.shape[1], work)
     part_out = q.new_empty(n_heads, work.n_slots, chosen.block_q, dim, dtype=torch.float32)
     part_lse = q.new_empty(n_heads, work.n_slots, chosen.block_q, dtype=torch.float32)
     sizes = dict(D=dim, BLOCK_Q=chosen.block_q)
     with _on(q.device):
-        prefill_kernel[(n_heads * work.n_tiles,)](
+        prefill_kernel[(len(heads) * work.n_tiles,)](
             q,
             *(_source(x, plan.q_stop, chosen) for x in (k, v)),
             *(_source(pack(x, work), len(work.packed_index), chosen) for x in (k, v)),
@@ -208,24 +208,25 @@ def check_device(device: torch.device) -> None:
         )
 
 
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Refuses what the kernel cannot compute, as `triton_attention` says."""
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or _misfit(q, k):
-        raise ValueError(
-            "q, k and v must be [B, H, T, D], [B, K, S, D], [B, K, S, D] with H a multiple of K. Got "
-            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}. Do not repeat keys for grouped heads."
-        )
-    if not q.device == k.device == v.device or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"q, k and v must share one device and one dtype. Got {q.device}, {k.device}, {v.device}; "
-            f"{q.dtype}, {k.dtype}, {v.dtype}. Move or convert them first."
-        )
-    check_device(q.device)
-    if q.dtype not in DTYPES:
+def check_support(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Refuses a device, dtype or head dimension that the kernel does not serve.
+
+    Raises:
+        ValueError, NotImplementedError: as `check_device`; or another dtype or head dimension.
+    """
+    check_device(device)
+    if dtype not in DTYPES:
         raise NotImplementedError(
-            f"the Triton kernel computes in {', '.join(map(str, DTYPES))}. Got {q.dtype}. Convert q, k and v, or use "
+            f"the Triton kernel computes in {', '.join(map(str, DTYPES))}. Got {dtype}. Convert q, k and v, or use "
             "the portable implementation."
         )
+    configuration(GENERATIONS[0], head_dim, dtype.itemsize)
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Refuses what the kernel cannot compute, as `triton_attention` says."""
+    check_arrays(q, k, v)
+    check_support(q.device, q.dtype, q.shape[-1])
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be positive and finite, usually D ** -0.5. Got {scale}.")
     if q.stride(3) != 1:
@@ -239,10 +240,6 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
             )
 
 
-def _misfit(q: Tensor, k: Tensor) -> bool:
-    return q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or not k.shape[1] or bool(q.shape[1] % k.shape[1])
-
-
 def _check_work(
     q: Tensor, k: Tensor, work: Work, categories: Sequence[int] | np.ndarray, chosen: Configuration
 ) -> None:
@@ -253,19 +250,14 @@ def _check_work(
             f"the plans must be for B={q.shape[0]} rows of T={q.shape[2]} queries. Got {len(work.plans)} plans of "
             f"queries [{plan.q_start}, {plan.q_stop}). Build them from the layouts of this very prompt or chunk."
         )
-    if k.shape[2] < plan.q_stop:
-        raise ValueError(
-            f"k and v must hold all keys up to the last query, S >= {plan.q_stop}. Got S={k.shape[2]}. Use a cache "
-            "that keeps every token, or pad dropped keys of a sliding layer on the left."
-        )
+    check_keys(k.shape[2], plan.q_stop)
     rows = max(p.tile_rows for p in work.plans)
     if rows > chosen.block_q or work.block_k != chosen.block_k or work.tiles.device != q.device:
         raise ValueError(
             f"the work list must be built with tile_rows up to {chosen.block_q}, block_k={chosen.block_k}, on "
             f"{q.device}. Got tile_rows={rows}, block_k={work.block_k}, on {work.tiles.device}. Ask choose(q)."
         )
-    if len(categories) != q.shape[1]:
-        raise ValueError(f"categories must hold one category per query head, H={q.shape[1]}. Got {len(categories)}.")
+    check_categories(categories, q.shape[1])
 
 
 def _source(x: Tensor, n_keys: int, tiles: Configuration) -> Any:

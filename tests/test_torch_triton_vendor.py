@@ -1,0 +1,126 @@
+"""Dense attention put together from the vendor's causal squares and rectangles: the definition's numbers, no mask."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attention_inputs import draw_inputs
+from blindsight_kernels.reference import reference_attention
+from shared_profiles import Category, Layout, SinkTemplate
+from strategies import chunks, layouts
+from torch_blindsight import vendor
+from torch_blindsight.heads import pick
+from torch_blindsight.vendor import vendor_attention, vendor_serves
+
+EXACT = dict(rtol=0, atol=1e-12)
+
+
+def definition(q, k, v, rows, scale, q_start):
+    arrays = (x.double().cpu().numpy() for x in (q, k, v))
+    dense = [Category.DENSE] * q.shape[1]
+    out, lse = reference_attention(*arrays, rows, dense, SinkTemplate(), scale=scale, q_start=q_start)
+    return out.transpose(0, 2, 1, 3), lse
+
+
+@settings(max_examples=200)
+@given(st.data(), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(1, 40), st.integers(0, 2**31))
+def test_equals_the_definition(data, head_counts, image_tokens, seed):
+    """Padding, chunks that cut images, images that look both ways, several of one length, longer caches."""
+    layout = data.draw(layouts())
+    q_start, q_stop = data.draw(chunks(layout))
+    images = np.minimum(layout.images, q_stop)
+    images = images[images[:, 1] < images[:, 2]]
+    span = min(layout.start, q_stop), min(layout.stop, q_stop)
+    rows = [Layout(q_stop, *span, images[:n], layout.bidirectional) for n in (len(images), 1)]
+    q, k, v = draw_inputs(
+        seed, 2, *head_counts, q_stop - q_start, q_stop + data.draw(st.integers(0, 3)), 16, torch.float64
+    )
+    k[:, :, q_stop:] = torch.nan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vendor, "_IMAGE_TOKENS", image_tokens)
+        out, lse = vendor_attention(q, k, v, rows, scale=0.3, q_start=q_start)
+    want, want_lse = definition(q, k[:, :, :q_stop], v[:, :, :q_stop], rows, 0.3, q_start)
+    np.testing.assert_allclose(out.numpy(), want, **EXACT)
+    np.testing.assert_allclose(lse.numpy(), want_lse, **EXACT)
+    assert out.is_contiguous()
+
+
+def test_rows_of_a_batch_with_other_padding():
+    rows = [
+        Layout(70, 12, 70, np.array([(14, 15, 50, 51)]), True),
+        Layout(70, 0, 0, np.zeros((0, 4))),
+        Layout(70, 0, 41, np.array([(3, 4, 20, 21), (21, 22, 40, 41)]), True),
+    ]
+    for q_start in (0, 30, 45):
+        q, k, v = draw_inputs(0, 3, 4, 2, 70 - q_start, 70, 16, torch.float64)
+        out, lse = vendor_attention(q, k, v, rows, scale=0.3, q_start=q_start)
+        want, want_lse = definition(q, k, v, rows, 0.3, q_start)
+        np.testing.assert_allclose(out.numpy(), want, **EXACT)
+        np.testing.assert_allclose(lse.numpy(), want_lse, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.float32),
+        ("cpu", torch.bfloat16),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
+    ],
+    ids=["cpu-float32", "cpu-bfloat16", "gpu-bfloat16", "gpu-float16"],
+)
+@pytest.mark.parametrize("q_start", [0, 200], ids=["whole", "chunk"])
+@pytest.mark.parametrize("dim", [64, 128, 256], ids="D{}".format)
+def test_error_within_twice_that_of_plain_attention(device, dtype, q_start, dim):
+    """Merging in parts may not cost precision; heads that are no neighbours, lengths that are no multiples."""
+    layout = Layout(515, 0, 515, np.array([(4, 5, 68, 69), (70, 71, 282, 283), (283, 284, 496, 497)]), True)
+    q, k, v = draw_inputs(0, 1, 6, 2, 515 - q_start, 515, dim, dtype)
+    heads = np.array([0, 2, 3, 5])
+    on = (pick(q.to(device), heads), k.to(device), v.to(device))
+    assert vendor_serves(*on)
+    out, lse = (x.cpu() for x in vendor_attention(*on, [layout], scale=dim**-0.5, q_start=q_start))
+    exact, exact_lse = definition(q[:, heads], k, v, [layout], dim**-0.5, q_start)
+    rows, keys = np.arange(q_start, 515)[:, None], np.arange(515)
+    shown = keys <= rows
+    for _, first, last, _ in layout.images:
+        shown |= (rows >= first) & (rows < last) & (keys >= first) & (keys < last)
+    k_h, v_h = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    scores = (q[:, heads] @ k_h.transpose(2, 3) * dim**-0.5).masked_fill(~torch.from_numpy(shown), -torch.inf)
+    plain = (scores.softmax(-1) @ v_h).transpose(1, 2)
+    error = np.abs(out.double().numpy() - exact).max()
+    assert error <= 2 * np.abs(plain.double().numpy() - exact).max()
+    np.testing.assert_allclose(lse.numpy(), exact_lse, rtol=0, atol=1e-4)
+
+
+def test_the_order_of_preference_on_a_gpu(monkeypatch):
+    """cuDNN where it can and is new enough, else FlashAttention; nothing where neither can."""
+    calls = []
+    out, lse = torch.zeros(1, 4, 9, 16), torch.zeros(1, 4, 9, 1)
+
+    class Recorded:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: calls.append(name) or (out, lse if "cudnn" in name else lse[..., 0])
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda")
+
+    q, k, v = (x.as_subclass(OnGpu) for x in draw_inputs(0, 1, 4, 2, 9, 9, 16, torch.float32))
+    can = {"cudnn": True, "flash": True}
+    monkeypatch.setattr(vendor.torch.ops, "aten", Recorded())
+    monkeypatch.setattr(vendor, "SDPAParams", lambda *args: args)
+    monkeypatch.setattr(vendor, "can_use_cudnn_attention", lambda params: can["cudnn"])
+    monkeypatch.setattr(vendor, "can_use_flash_attention", lambda params: can["flash"])
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    for cudnn, version, called in ((True, 91900, "cudnn"), (False, 91900, "flash"), (True, 91500, "flash")):
+        can["cudnn"] = cudnn
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        _, got = vendor._fused(q, k, v, 0.25, causal=True)
+        assert calls.pop() == f"_scaled_dot_product_{called}_attention"
+        assert got.shape == (1, 4, 9)
+        assert vendor_serves(q, k, v)
+    can["flash"] = False
+    assert not vendor_serves(q, k, v)

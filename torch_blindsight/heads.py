@@ -1,0 +1,26 @@
+"""Picking some heads of a tensor, and writing them back: without a copy where the heads are neighbours."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pick(x: Tensor, heads: np.ndarray) -> Tensor:
+    """Heads of `[B, H, N, D]`, `heads` ascending or with repetitions; a view where they are neighbours."""
+    return x[:, as_index(heads, x.device)]
+
+
+def as_index(heads: np.ndarray, device: torch.device) -> slice | Tensor:
+    """What indexes these heads: a slice where they are neighbours."""
+    if (np.diff(heads) == 1).all():
+        return slice(int(heads[0]), int(heads[-1]) + 1)
+    return torch.from_numpy(heads).to(device)
+
+
+def put(target: Tensor, rows: slice | Tensor, heads: slice | Tensor, value: Tensor) -> None:
+    """`target[rows, heads] = value` for `[T, H, ...]`, also where rows and heads are both lists."""
+    if isinstance(rows, Tensor) and isinstance(heads, Tensor):
+        rows = rows[:, None]
+    target[rows, heads] = value.to(target.dtype)
