@@ -1,0 +1,24 @@
+"""Bucketed lengths: the few sizes to which every array of a prompt is padded, so that compiles stay few."""
+
+from __future__ import annotations
+
+
+def bucket(n: int, *, minimum: int = 128) -> int:
+    """The smallest bucket that holds n.
+
+    Buckets are `minimum` and, above it, eight sizes an octave: m, 9m/8, 10m/8, ..., 15m/8 for every power of two m.
+    So less than 1/8 of a bucket above the minimum is padding, and prompts between 1K and 256K tokens fall into 65.
+
+    Args:
+        n: what must fit, at least 0.
+        minimum: the smallest bucket.
+
+    Raises:
+        ValueError: n is negative or the minimum is below 1.
+    """
+    if n < 0 or minimum < 1:
+        raise ValueError(f"n must be at least 0 and minimum at least 1. Got n={n}, minimum={minimum}.")
+    if n <= minimum:
+        return minimum
+    step = max(1, (1 << (n.bit_length() - 1)) // 8)
+    return -(-n // step) * step

@@ -1,0 +1,92 @@
+"""The key/value cache of a batch, with what is needed to go on from it: its tokens, images and positions.
+
+Slots are prompt positions. All rows end together, so padding stands on the left and a row's tokens are
+`[start[b], length)`:
+
+    slot      0 1 2 3 4 5 6 7 | 8 9 ...          capacity S, a bucket
+    row 0     . . a b c d e f |                  start 2
+    row 1     g h i j k l m n |                  start 0, length 8
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+
+from jax_blindsight.tokens import Tokens
+from shared_profiles import SpecialTokens
+
+# What a placeholder becomes that the model wrote: no image stands behind it, so it is text like any other.
+WRITTEN_PLACEHOLDER = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """Keys and values of the tokens so far. `sparse_prefill` makes it; it and `decode_step` go on from it.
+
+    Whoever goes on from a cache consumes it: its buffers become those of the returned one.
+
+    Attributes:
+        keys, values: one array per layer, `[B, K, S, D]`, rotary position applied; slots from `length` on are unset.
+        length: slots in use.
+        next_position: `[B]` int32, the rotary position of each row's next token.
+        prefilled: the tokens that prefills brought.
+        written: one array `[B]` per decode step since.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length: int
+    next_position: np.ndarray
+    prefilled: Tokens
+    written: tuple[jax.Array | np.ndarray, ...] = ()
+
+    @property
+    def capacity(self) -> int:
+        """S, slots in all."""
+        return self.keys[0].shape[2]
+
+    @property
+    def batch(self) -> int:
+        """B, rows."""
+        return self.keys[0].shape[0]
+
+    def tokens(self, special: SpecialTokens) -> Tokens:
+        """All tokens in the cache, those of decode steps included."""
+        if not self.written:
+            return self.prefilled
+        ids = np.stack([np.asarray(x) for x in self.written], axis=1).astype(np.int64)  # [B, n]
+        ids[np.isin(ids, [x for x in (special.image, special.video) if x is not None])] = WRITTEN_PLACEHOLDER
+        return self.prefilled.followed_by(Tokens.text(ids))
+
+    def require_room(self, n: int) -> None:
+        """Demands that `n` more tokens can be written.
+
+        Raises:
+            ValueError: the cache is full, or was consumed.
+        """
+        if self.keys[0].is_deleted():
+            raise ValueError(
+                "a cache can be gone on from once. Got one that was consumed already: use the cache that "
+                "sparse_prefill or decode_step returned last."
+            )
+        if self.length + n > self.capacity:
+            raise ValueError(
+                f"length + new tokens must be at most the cache's capacity of {self.capacity} slots. Got {self.length} "
+                f"+ {n}. Prefill with capacity={self.length + n} or more."
+            )
+
+    def after_step(
+        self, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], tokens: jax.Array | np.ndarray
+    ) -> Cache:
+        """The cache with one more token per row."""
+        return replace(
+            self,
+            keys=keys,
+            values=values,
+            length=self.length + 1,
+            next_position=self.next_position + 1,
+            written=(*self.written, tokens),
+        )

@@ -1,0 +1,155 @@
+"""Saved models: a folder with the weights as orbax keeps them, and what else it takes to load them again.
+
+    blindsight_jax.json       schema, dtype of the weights, fingerprint of the model, sizes of the files in weights/
+    config.json               the Hugging Face configuration
+    blindsight_profile.json   the profile, if there is one
+    weights/                  orbax
+    ...                       files of the processor, where they were given
+
+A folder takes its name when all of it is written, so an interrupted save never looks like a whole one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from jax_blindsight.model import Weights
+from jax_blindsight.tensor_files import DTYPES
+from shared_profiles.profile import Fingerprint
+
+CONFIG, MANIFEST, WEIGHTS = "config.json", "blindsight_jax.json", "weights"
+SCHEMA = "blindsight-jax/1"
+
+_AGAIN = "Convert the checkpoint again."
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder was written by `write`."""
+    return (folder / MANIFEST).is_file()
+
+
+def check_target(folder: Path) -> None:
+    """Demands that a folder can be written.
+
+    Raises:
+        ValueError: it exists and is not empty, or the folder around it is missing or read-only.
+    """
+    around = folder.absolute().parent
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        wrong = "it exists"
+    elif not around.is_dir():
+        wrong = f"there is no folder {around}"
+    elif not os.access(around, os.W_OK):
+        wrong = f"the folder {around} is read-only"
+    else:
+        return
+    raise ValueError(f"a model must be saved to a new folder, or an empty one. Got {folder}: {wrong}. Name another.")
+
+
+def write(folder: Path, weights: Weights, fingerprint: Fingerprint, files: Mapping[str, str | Path]) -> None:
+    """Writes a folder whole or not at all.
+
+    Args:
+        folder: where; new, or empty.
+        weights: all of one dtype.
+        fingerprint: of the model.
+        files: what goes beside them, by name: a text, or a file to copy.
+
+    Raises:
+        ValueError: see `check_target`.
+        OSError: the disk is full, or a file cannot be read.
+    """
+    check_target(folder)
+    dtype = jax.tree.leaves(weights)[0].dtype
+    target = folder.absolute()
+    temporary = target.with_name(f".blindsight-{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.mkdir()
+        for name, content in files.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, temporary / name)
+            else:
+                (temporary / name).write_text(content, encoding="utf-8")
+        with _checkpointer(weights) as checkpointer:
+            checkpointer.save(temporary / WEIGHTS, weights)
+        manifest = {
+            "schema": SCHEMA,
+            "dtype": dtype.name,
+            "fingerprint": asdict(fingerprint),
+            "sizes": _sizes(temporary / WEIGHTS),
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # the first failure is the one to report
+        raise
+
+
+def _checkpointer(weights: Weights) -> ocp.StandardCheckpointer:
+    """Orbax with about 1 GB in flight, and room for the largest weight; by itself it copies everything at once."""
+    gigabytes = 1 + max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)) // 10**9
+    return ocp.StandardCheckpointer(save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder, by path."""
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+class SavedModel:
+    """A folder that `write` wrote.
+
+    Attributes:
+        dtype: of its weights.
+        fingerprint: of the model.
+
+    Raises:
+        ValueError: the manifest is damaged or of another version; or files of the weights are missing or cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._weights = (folder / WEIGHTS).absolute()
+        path = folder / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["schema"] != SCHEMA:
+                raise ValueError(f"schema {manifest['schema']!r}")
+            self.dtype = {dtype.name: dtype for dtype in DTYPES.values()}[manifest["dtype"]]
+            self.fingerprint = Fingerprint(**manifest["fingerprint"])
+            sizes = dict(manifest["sizes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} must be a manifest of {SCHEMA}. Got {error!r}. {_AGAIN}") from error
+        # Looked at first: orbax reads all at once, and answers a damaged file with a page of tracebacks.
+        found = _sizes(self._weights)
+        if wrong := sorted(name for name in sizes.keys() | found.keys() if sizes.get(name) != found.get(name)):
+            raise ValueError(
+                f"{self._weights} must hold the files that {MANIFEST} names, in their sizes. Other, missing or not "
+                f"named: {', '.join(wrong)}. {_AGAIN}"
+            )
+
+    def read(self, target: Weights) -> Weights:
+        """The weights.
+
+        Args:
+            target: a tree of `jax.ShapeDtypeStruct`, with a sharding each.
+
+        Raises:
+            ValueError: they are damaged, or not those of the target.
+        """
+        try:
+            with _checkpointer(target) as checkpointer:
+                return checkpointer.restore(self._weights, target)
+        except (ValueError, KeyError, OSError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise ValueError(
+                f"{self._weights} must hold the weights of the model in {CONFIG}. Got: {reason}. {_AGAIN}"
+            ) from error

@@ -1,0 +1,85 @@
+"""Whole models as functions of a plain dict of weights.
+
+The NNX modules define a model; its graph is made once per configuration and merged with the weights inside jit, so a
+call passes nothing but arrays. The weights are nested dicts (lists as dicts of int) with the modules' attribute names:
+
+    {"decoder": {"embed_tokens": {"embedding": ...}, "layers": {0: {...}, ...}, ...}, "vision": {...}}
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jax_blindsight.config import ModelConfig, QwenVisionConfig
+from jax_blindsight.decoder import Attend, Decoder
+from jax_blindsight.vision_inputs import VisionInputs
+from jax_blindsight.vision_qwen import QwenVision
+from jax_blindsight.vision_siglip import SiglipVision
+
+Weights = dict[Any, Any]
+
+
+class VisionLanguageModel(nnx.Module):
+    """A vision tower and a decoder."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        n_out = config.text.hidden_size
+        if isinstance(config.vision, QwenVisionConfig):
+            self.vision: QwenVision | SiglipVision = QwenVision(config.vision, n_out)
+        else:
+            self.vision = SiglipVision(config.vision, n_out)
+        self.decoder = Decoder(config.text)
+
+
+@lru_cache
+def _split(config: ModelConfig) -> tuple[nnx.GraphDef, Weights]:
+    """The graph of the model and its abstract weights in float32."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: VisionLanguageModel(config)))
+    return graph, nnx.to_pure_dict(state)
+
+
+def _merge(weights: Weights, config: ModelConfig) -> VisionLanguageModel:
+    return nnx.merge(_split(config)[0], weights)
+
+
+def abstract_weights(config: ModelConfig, dtype: Any) -> Weights:
+    """The weights that a model of this configuration has: nested dicts of `jax.ShapeDtypeStruct`."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _split(config)[1])
+
+
+def embed_tokens(weights: Weights, config: ModelConfig, ids: Array) -> Array:
+    """Token ids `[B, T]` to embeddings `[B, T, E]`; image features take the places of placeholders afterwards."""
+    return _merge(weights, config).decoder.embed(ids)
+
+
+def encode_images(weights: Weights, config: ModelConfig, vision: VisionInputs) -> Array:
+    """Features `[n_padded_tokens, E]` of the placeholders in prompt order; rows beyond the last one mean nothing."""
+    return _merge(weights, config).vision(vision)[jnp.asarray(vision.order)]
+
+
+def decode(weights: Weights, config: ModelConfig, hidden: Array, positions: Array, attend: Attend) -> Array:
+    """Runs the decoder's layers and its final norm.
+
+    Args:
+        weights: of the model.
+        config: its configuration.
+        hidden: `[B, T, E]` embeddings.
+        positions: int, mRoPE `[3, B, T]` or `[B, T]` as the family has it.
+        attend: `(layer, q [B, H, T, D], k [B, K, T, D], v) -> [B, T, H, D]`, called once per layer; q and k are rotated
+            and not scaled.
+
+    Returns:
+        `[B, T, E]`.
+    """
+    return _merge(weights, config).decoder(hidden, positions, attend)
+
+
+def unembed(weights: Weights, config: ModelConfig, hidden: Array) -> Array:
+    """Normalised hidden states `[..., E]` to logits `[..., V]` in float32."""
+    return _merge(weights, config).decoder.logits(hidden)

@@ -1,0 +1,274 @@
+"""Pictures as the vision towers take them: NumPy arrays of bucketed sizes, made from what a processor returns.
+
+Patches attend within segments (a frame, or a window of one), which lie one after another:
+
+    patches     a a a a a b b b c c c c c c .      segments a, b, c, then padding up to the bucket
+    blocks     |a a a a|a . . .|b b b .|c c c c|c c . .|      queries, at most `rows` of one segment
+    keys       |a a a a a . . .| ... |c c c c c c . .|        the whole segment, `width` slots
+
+A block's scores are `rows x width`, so memory grows with the number of patches and never with its square. Segments of
+one octave of lengths share a width: one big image among many small ones does not make these as costly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_blindsight.buckets import bucket
+from jax_blindsight.config import ModelConfig, QwenVisionConfig, SiglipVisionConfig
+from shared_profiles.layout import concatenated_ranges
+
+BLOCK_ROWS = 128
+MIN_BLOCKS, MIN_IMAGES = 32, 4  # so that prompts of few small images share one size
+SCORES_PER_STEP = 2**20  # about how many scores of a head are computed at once
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class BlockGroup:
+    """Query blocks whose segments fit one width, padded to a power of two; only the real ones are computed.
+
+    Attributes:
+        n_steps: int32, how many times `step` blocks are computed.
+        query_start: `[n]` int32, the first of the block's `rows` patches.
+        key_start: `[n]` int32, the first of its `width` patches.
+        key_first, key_last: `[n]` int32, its keys are `[key_first, key_last)` of these.
+        rows, width, step: sizes of a block, and how many are computed at once; n is a multiple of it.
+    """
+
+    n_steps: np.ndarray
+    query_start: np.ndarray
+    key_start: np.ndarray
+    key_first: np.ndarray
+    key_last: np.ndarray
+    rows: int = field(metadata=dict(static=True))
+    width: int = field(metadata=dict(static=True))
+    step: int = field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """How patches attend within their segments.
+
+    Attributes:
+        groups: the query blocks, by width.
+        slot: `[P]` int32, where each patch stands among the rows of all blocks, one group after the other.
+    """
+
+    groups: tuple[BlockGroup, ...]
+    slot: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class VisionInputs:
+    """All pictures of a prompt, images before videos, and what their attention and their order need.
+
+    Attributes:
+        pixels: float32. Qwen: patches `[P, channels * frames * rows * columns]`, those of a window one after another,
+            windows and frames in order. Gemma 3: `[n, channels, height, width]`.
+        coordinates: `[P, 2]` int32, row and column of each patch in its frame; None for Gemma 3.
+        frames: segments of the blocks that attend within whole frames; None for Gemma 3.
+        windows: segments of the others; None where there are none.
+        n_images: int32, how many of the padded images are real; None for Qwen.
+        order: `[n_padded_tokens]` int32, row of the tower's output that each placeholder of the prompt takes.
+    """
+
+    pixels: np.ndarray
+    coordinates: np.ndarray | None
+    frames: Segments | None
+    windows: Segments | None
+    n_images: np.ndarray | None
+    order: np.ndarray
+
+
+def prepare_vision(config: ModelConfig, inputs: Mapping[str, Any]) -> VisionInputs:
+    """Prepares the pictures of a prompt for `encode_images`.
+
+    Args:
+        config: the model.
+        inputs: NumPy arrays as the processor returns them. `input_ids` `[B, N]` gives the placeholders' order. Qwen:
+            `pixel_values` `[patches, features]` with `image_grid_thw` `[n, 3]`, `pixel_values_videos` with
+            `video_grid_thw`. Gemma 3: `pixel_values` `[n, channels, height, width]`.
+
+    Raises:
+        ValueError: no pictures; pictures, grids and placeholders that do not match.
+    """
+    if "input_ids" not in inputs:
+        raise ValueError(f"inputs must hold input_ids, the order of the pictures. Got {sorted(inputs)}.")
+    prepare = _prepare_qwen if isinstance(config.vision, QwenVisionConfig) else _prepare_siglip
+    return prepare(config, config.vision, inputs)  # type: ignore[arg-type]
+
+
+def _prepare_siglip(config: ModelConfig, vision: SiglipVisionConfig, inputs: Mapping[str, Any]) -> VisionInputs:
+    pixels = np.asarray(inputs.get("pixel_values", ()), dtype=np.float32)
+    shape = (vision.in_channels, vision.image_size, vision.image_size)
+    if pixels.shape[1:] != shape or not len(pixels):
+        raise ValueError(f"pixel_values must have shape (n, {', '.join(map(str, shape))}), n > 0. Got {pixels.shape}.")
+    tokens = (vision.patches_per_side // vision.merge) ** 2
+    order = _placeholder_order(config, inputs["input_ids"], len(pixels) * tokens, 0)
+    n_padded = _power_of_two(max(len(pixels), MIN_IMAGES))  # only the real ones are computed
+    n_images = np.array(len(pixels), dtype=np.int32)
+    return VisionInputs(_pad(pixels, n_padded), None, None, None, n_images, _pad(order, n_padded * tokens))
+
+
+def _prepare_qwen(config: ModelConfig, vision: QwenVisionConfig, inputs: Mapping[str, Any]) -> VisionInputs:
+    images, image_grids = _patches(vision, inputs, "pixel_values", "image_grid_thw")
+    videos, video_grids = _patches(vision, inputs, "pixel_values_videos", "video_grid_thw")
+    grids = np.concatenate([image_grids, video_grids])
+    n = len(images) + len(videos)
+    if not n:
+        raise ValueError(f"inputs must hold pixel_values or pixel_values_videos. Got {sorted(inputs)}.")
+    counts = [len(x) // vision.merge_unit for x in (images, videos)]
+    order = _placeholder_order(config, inputs["input_ids"], *counts)
+
+    side = (vision.window_size or 0) // vision.merge // vision.patch_size  # in tokens
+    window = side**2 * vision.merge_unit
+    n_padded = max(bucket(n), window)
+    n_padded += -n_padded % vision.merge_unit
+    rows, windows = np.arange(n), None
+    if window:
+        tokens, lengths = window_order(grids // [1, vision.merge, vision.merge], side)
+        rows = (tokens[:, None] * vision.merge_unit + np.arange(vision.merge_unit)).reshape(-1)
+        windows = segments(lengths * vision.merge_unit, n_padded, width=window)
+        order = np.argsort(tokens).astype(np.int32)[order]
+    frames = segments(np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0]), n_padded)
+    pixels = np.zeros((n_padded, vision.patch_features), np.float32)
+    cut = len(images)  # windows keep the pictures in order
+    np.take(images, rows[:cut], axis=0, out=pixels[:cut], mode="clip")
+    np.take(videos, rows[cut:] - cut, axis=0, out=pixels[cut:n], mode="clip")
+    coordinates = patch_coordinates(grids, vision.merge)[rows]
+    order = _pad(order, n_padded // vision.merge_unit)
+    return VisionInputs(pixels, _pad(coordinates, n_padded), frames, windows, None, order)
+
+
+def patch_coordinates(grids: np.ndarray, merge: int) -> np.ndarray:
+    """Row and column of every patch in its frame, in the processor's order: squares of merge x merge patches.
+
+    Args:
+        grids: `[n, 3]`, frame groups, rows and columns of patches of each picture.
+        merge: side of a square.
+
+    Returns:
+        `[P, 2]` int32.
+    """
+    parts = []
+    for groups, n_rows, n_columns in grids.tolist():
+        cells = np.indices((n_rows, n_columns), dtype=np.int32)
+        squares = cells.reshape(2, n_rows // merge, merge, n_columns // merge, merge).transpose(1, 3, 2, 4, 0)
+        parts.append(np.tile(squares.reshape(-1, 2), (groups, 1)))
+    return np.concatenate(parts)
+
+
+def window_order(grids: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order that puts the tokens of each window of side x side one after another; windows at an edge are cut.
+
+    Args:
+        grids: `[n, 3]`, frame groups, rows and columns of *tokens* of each picture.
+        side: of a window, in tokens.
+
+    Returns:
+        `[n_tokens]` int64, the token that comes at each place, and `[n_windows]` int64, tokens in each window.
+    """
+    tokens, lengths, first = [], [], 0
+    for groups, n_rows, n_columns in grids.tolist():
+        windows_across = -(-n_columns // side)
+        row, column = np.indices((n_rows, n_columns))
+        window = (row // side * windows_across + column // side).reshape(-1)
+        in_frame = np.argsort(window, kind="stable")
+        tokens.append((first + np.arange(groups)[:, None] * len(in_frame) + in_frame).reshape(-1))
+        lengths.append(np.tile(np.bincount(window), groups))
+        first += groups * len(in_frame)
+    return np.concatenate(tokens), np.concatenate(lengths)
+
+
+def segments(lengths: np.ndarray, n_padded: int, *, width: int | None = None) -> Segments:
+    """Cuts segments that lie one after another into query blocks.
+
+    Args:
+        lengths: `[n]`, positive: patches of each segment.
+        n_padded: length of the padded patch array, at least that of the longest segment's bucket.
+        width: key slots of every block. Default: the bucket of the longest segment within each octave of lengths.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    starts = np.cumsum(lengths) - lengths
+    octave = np.zeros_like(lengths) if width else np.ceil(np.log2(np.maximum(lengths, BLOCK_ROWS))).astype(np.int64)
+    slot, groups, n_rows = np.zeros(n_padded, np.int32), [], 0
+    for which in np.unique(octave):
+        mine = octave == which
+        group, slots = _group(starts[mine], lengths[mine], n_padded, width or bucket(int(lengths[mine].max())))
+        slot[concatenated_ranges(starts[mine], starts[mine] + lengths[mine])] = n_rows + slots
+        n_rows += len(group.query_start) * group.rows
+        groups.append(group)
+    return Segments(tuple(groups), slot)
+
+
+def _group(starts: np.ndarray, lengths: np.ndarray, n_padded: int, width: int) -> tuple[BlockGroup, np.ndarray]:
+    """The blocks of some segments, and the slot of each of their patches among the group's rows."""
+    rows = min(BLOCK_ROWS, width)
+    n_blocks = -(-lengths // rows)
+    offset = concatenated_ranges(np.zeros_like(n_blocks), n_blocks) * rows  # of each block in its segment
+    start, length = np.repeat(starts, n_blocks), np.repeat(lengths, n_blocks)
+    # A slice may not reach beyond the array, so the last ones begin earlier.
+    query_start = np.minimum(start + offset, n_padded - rows)
+    key_start = np.minimum(start, n_padded - width)
+    patches = concatenated_ranges(start + offset, np.minimum(start + offset + rows, start + length))
+    block = np.repeat(np.arange(len(start)), np.minimum(length - offset, rows))
+    slots = block * rows + patches - query_start[block]
+
+    n = _power_of_two(max(len(start), MIN_BLOCKS))
+    step = min(n, _power_of_two(max(SCORES_PER_STEP // (rows * width), 1)))
+    columns = (query_start, key_start, start - key_start, start - key_start + length)
+    n_steps = np.array(-(-len(start) // step), dtype=np.int32)
+    query_start, key_start, key_first, key_last = (_pad(x.astype(np.int32), n) for x in columns)
+    return BlockGroup(n_steps, query_start, key_start, key_first, key_last, rows, width, step), slots
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _patches(
+    vision: QwenVisionConfig, inputs: Mapping[str, Any], pixels_name: str, grid_name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Patches `[n, features]` float32 and grids `[m, 3]` int64 that match, both empty where the prompt has none."""
+    if pixels_name not in inputs and grid_name not in inputs:
+        return np.zeros((0, vision.patch_features), np.float32), np.zeros((0, 3), np.int64)
+    if pixels_name not in inputs or grid_name not in inputs:
+        raise ValueError(f"{pixels_name} and {grid_name} go together. Got {sorted(inputs)}.")
+    grids = np.asarray(inputs[grid_name], dtype=np.int64).reshape(-1, 3)
+    if (grids < 1).any() or (grids[:, 1:] % vision.merge).any():
+        raise ValueError(
+            f"{grid_name} must hold positive sizes, rows and columns multiples of {vision.merge}. Got {grids.tolist()}."
+        )
+    patches = np.asarray(inputs[pixels_name], dtype=np.float32)
+    shape = (int(grids.prod(axis=1).sum()), vision.patch_features)
+    if patches.shape != shape:
+        raise ValueError(f"{pixels_name} must have shape {shape} for these grids. Got {patches.shape}.")
+    return patches, grids
+
+
+def _placeholder_order(config: ModelConfig, ids: Any, n_images: int, n_videos: int) -> np.ndarray:
+    """For each placeholder of the prompt its row among image tokens followed by video tokens: `[n]` int32."""
+    ids, special = np.asarray(ids).reshape(-1), config.special
+    is_image = ids == special.image
+    is_video = np.zeros_like(is_image) if special.video is None else ids == special.video
+    if (is_image.sum(), is_video.sum()) != (n_images, n_videos):
+        raise ValueError(
+            f"input_ids must hold one placeholder per image token ({n_images}) and per video token ({n_videos}). Got "
+            f"{is_image.sum()} and {is_video.sum()}. Pass ids and pictures that one call of the processor returned."
+        )
+    order = np.where(is_image, np.cumsum(is_image) - 1, n_images + np.cumsum(is_video) - 1)[is_image | is_video]
+    return order.astype(np.int32)
+
+
+def _pad(array: np.ndarray, n: int) -> np.ndarray:
+    """Zeros after the first axis, up to length n."""
+    return np.pad(array, [(0, n - len(array))] + [(0, 0)] * (array.ndim - 1))

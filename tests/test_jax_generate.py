@@ -1,0 +1,187 @@
+"""Generation: the tokens that transformers writes, sampling, stopping, second turns; nothing compiles per step."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import blindsight_cli
+import jax_blindsight.generation
+from blindsight_cli.loading import load_checkpoint
+from blindsight_cli.smallvlm.evaluate import make_puzzles, to_inputs
+from jax_blindsight import decode_step, generate, load, sparse_prefill, write
+from jax_blindsight.generation import _sample
+from jax_parity import assert_as_exact
+from shared_profiles.lookup import FILE_NAME
+from shared_profiles.profile import Profile
+from tiny_jax import in_numpy, twin
+from tiny_models import FAMILIES, in_double, make_ids, make_inputs, patch
+
+SHIPPED = Path(blindsight_cli.__file__).parent / "models" / "blindsight-tiny-qwen2_5_vl"
+N_NEW = 64
+
+
+def hf_tokens(model, inputs, n=N_NEW):
+    """What transformers writes greedily, `[B, n]`, whatever it is."""
+    stops, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        options = dict(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=n)
+        return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].numpy()
+    finally:
+        model.generation_config.eos_token_id = stops
+
+
+def batch(family):
+    return make_inputs(family, [make_ids(3), make_ids(2, seed=1)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_transformers(family):
+    """Sparse, two rows of different lengths."""
+    model, inputs = twin(family), batch(family)
+    with patch(model.single, model.params.profile, impl="portable"):
+        expected = hf_tokens(model.single, inputs)
+    got = generate(model.params, in_numpy(inputs), max_new_tokens=N_NEW)
+    np.testing.assert_array_equal(got, expected)
+    assert got.shape == (2, N_NEW) and got.dtype == np.int32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_steps_are_the_whole_prompt(family):
+    """Tokens of all kinds, fed one by one: their logits are those of the prompt with the tokens in it."""
+    model = twin(family)
+    prompts, tokens = [make_ids(3), make_ids(2, seed=1)], np.random.default_rng(0).integers(10, 96, (2, N_NEW))
+    inputs, whole = (
+        make_inputs(family, [[*p, *t] for p, t in zip(prompts, tail, strict=True)])
+        for tail in (tokens[:, :0].tolist(), tokens.tolist())
+    )
+    expected = model.expect(whole, model.params.profile)
+    n = inputs["input_ids"].shape[1]
+    cache, logits = sparse_prefill(model.params, in_numpy(inputs), capacity=n + N_NEW).cache, []
+    for token in tokens.T:
+        row, cache = decode_step(model.params, token, cache)
+        logits.append(row)
+    got = np.zeros_like(expected.plain)
+    got[:, n:] = np.stack(logits, axis=1)
+    expected.check(got, (slice(None), slice(n, None)))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The shipped model, in both frameworks, its processor and its profile."""
+    model, processor = load_checkpoint(SHIPPED)
+    return model, processor, load(SHIPPED)
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
+def test_the_trained_model_answers_as_in_transformers(trained, dense):
+    """Its own profile, found beside it; puzzles of 2 and of 6 images in one batch, as its processor gives them."""
+    model, processor, params = trained
+    puzzles = [make_puzzles(n, 1, 1_000_000 + n)[0] for n in (2, 6)]
+    inputs = to_inputs(processor, puzzles)
+    profile = Profile.load(SHIPPED / FILE_NAME)
+    assert params.profile == profile and profile.categories.any()
+    handle = None if dense else patch(model, profile, impl="portable")
+    with torch.no_grad():
+        plain, expected = model(**inputs, logits_to_keep=1).logits.numpy(), hf_tokens(model, inputs)
+        if handle is not None:
+            handle.unpatch()
+        double = copy.deepcopy(model).double()
+        with nullcontext() if dense else patch(double, profile, impl="portable"):
+            truth = double(**in_double(inputs), logits_to_keep=1).logits.numpy()
+    start = sparse_prefill(params, in_numpy(inputs), capacity=inputs["input_ids"].shape[1] + N_NEW, dense=dense)
+    assert_as_exact(start.logits, plain[:, 0], truth[:, 0])
+    got, cache = write(params, start, max_new_tokens=N_NEW)
+    np.testing.assert_array_equal(got, expected)
+    assert cache.length == inputs["input_ids"].shape[1] + N_NEW - 1
+    words = processor.tokenizer.convert_ids_to_tokens(got[:, 0].tolist())
+    assert words == [puzzle.question.answer for puzzle in puzzles]
+
+
+def test_a_second_turn_with_another_image():
+    """After prompts padded on the right and an answer: what the whole conversation in one prompt would give."""
+    model, inputs = twin("gemma3"), make_inputs("gemma3", [make_ids(3), make_ids(2, seed=1)], left=False)
+    start = sparse_prefill(model.params, in_numpy(inputs), capacity=inputs["input_ids"].shape[1] + N_NEW)
+    answers, cache = write(model.params, start, max_new_tokens=6)
+    turns = [[int(answer[-1]), *make_ids(1, seed=b)] for b, answer in enumerate(answers)]
+    turn = make_inputs("gemma3", turns, seed=5)
+    done = sparse_prefill(model.params, in_numpy(turn), cache=cache)
+    assert done.how == "sparse"
+    prompts = [make_ids(3), make_ids(2, seed=1)]
+    whole = make_inputs("gemma3", [[*p, *a[:-1].tolist(), *t] for p, a, t in zip(prompts, answers, turns, strict=True)])
+    old, new = inputs["pixel_values"], turn["pixel_values"]
+    whole["pixel_values"] = torch.cat([old[:3], new[:1], old[3:], new[1:]])
+    expected = model.expect(whole, model.params.profile)
+    assert_as_exact(done.logits, expected.plain[:, -1], expected.truth[:, -1])
+
+
+def test_no_step_compiles_again(monkeypatch):
+    params, traces = twin("qwen2_5_vl").params, []
+    traced = jax_blindsight.generation.decode
+
+    def counted(*args):
+        traces.append(len(traces))
+        return traced(*args)
+
+    monkeypatch.setattr(jax_blindsight.generation, "decode", counted)
+    start = sparse_prefill(params, in_numpy(batch("qwen2_5_vl")), capacity=67 + N_NEW)
+    logits, cache = start.logits, start.cache
+    for _ in range(N_NEW):
+        logits, cache = decode_step(params, jnp.argmax(logits, axis=-1), cache)
+    assert cache.length == 67 + N_NEW and len(traces) <= 1
+    with pytest.raises(ValueError, match="consumed already"):
+        decode_step(params, np.array([9, 9]), start.cache)
+
+
+def test_a_row_stops_at_eos_and_the_batch_when_all_have():
+    params, inputs = twin("gemma3").params, in_numpy(batch("gemma3"))
+    options = dict(max_new_tokens=N_NEW, temperature=2.0)
+    whole = generate(params, inputs, **options)
+    stops = [int(whole[0, 3]), int(whole[1, 7])]
+    ends = [int(np.flatnonzero(np.isin(row, stops))[0]) for row in whole]
+    got = generate(params, inputs, eos=stops, **options)
+    assert ends[0] != ends[1] and got.shape == (2, max(ends) + 1)
+    for b, end in enumerate(ends):
+        np.testing.assert_array_equal(got[b, : end + 1], whole[b, : end + 1])
+        assert (got[b, end:] == whole[b, end]).all()
+
+
+def test_sampling_is_seeded():
+    params, inputs = twin("gemma3").params, in_numpy(batch("gemma3"))
+    options = dict(max_new_tokens=N_NEW, temperature=1.5, top_k=20, top_p=0.9)
+    one, same, other = (generate(params, inputs, seed=seed, **options) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+    greedy = generate(params, inputs, max_new_tokens=N_NEW)
+    for narrow in (dict(top_k=1), dict(top_p=1e-6)):
+        options = dict(max_new_tokens=N_NEW, temperature=1.5) | narrow
+        np.testing.assert_array_equal(generate(params, inputs, **options), greedy)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "kept"),
+    [
+        (1.0, 5, 1.0, [4, 3, 2, 0.5, 0.5]),
+        (0.5, 5, 1.0, [16, 9, 4, 0.25, 0.25]),
+        (1.0, 2, 1.0, [4, 3]),
+        (1.0, 5, 0.65, [4, 3]),
+        (1.0, 5, 0.71, [4, 3, 2]),
+        (1.0, 3, 0.75, [4, 3]),
+    ],
+)
+def test_samples_follow_the_distribution(temperature, top_k, top_p, kept):
+    """`top_p` counts after `top_k` has been applied: 0.4 and 0.3 are 0.78 of what three leave."""
+    probabilities = np.array([0.2, 0.05, 0.4, 0.3, 0.05])
+    logits = jnp.asarray(np.tile(np.log(probabilities), (20_000, 1)), dtype=jnp.float32)
+    drawn = np.asarray(_sample(logits, jax.random.key(0), temperature, top_k, top_p))
+    frequencies = np.bincount(drawn, minlength=5)[[2, 3, 0, 1, 4]] / len(drawn)
+    wanted = np.zeros(5)
+    wanted[: len(kept)] = kept
+    np.testing.assert_allclose(frequencies, wanted / wanted.sum(), atol=0.015)

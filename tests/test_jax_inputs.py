@@ -1,0 +1,211 @@
+"""What `sparse_prefill` refuses, before anything is computed, and what it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_blindsight import Cache, decode_step, generate, sparse_prefill
+from jax_blindsight.inputs import read_inputs
+from jax_blindsight.tokens import Tokens
+from shared_profiles import Category
+from shared_profiles.profile import Profile
+from tiny_jax import in_numpy, twin
+from tiny_models import END, IMAGE, IMAGE_TOKENS, START, VIDEO, make_ids, make_inputs, make_video_inputs
+
+QWEN, GEMMA = "qwen2_5_vl", "gemma3"
+
+
+def prompt(family, n_images=2, **options):
+    return in_numpy(make_inputs(family, [make_ids(n_images)], **options))
+
+
+def with_ids(inputs, change):
+    ids = inputs["input_ids"].copy()
+    change(ids)
+    bare = {name: x for name, x in inputs.items() if not name.endswith("token_type_ids")}
+    return bare | {"input_ids": ids}
+
+
+def set_id(at, to):
+    def change(ids):
+        ids[0, at] = to
+
+    return change
+
+
+def grids(inputs):
+    return inputs["image_grid_thw"]
+
+
+# Text before the images is 4 tokens long: the first image's start, tokens and end stand at 4, [5, 21) and 21.
+WRONG = {
+    "no-mapping": (QWEN, lambda x: [x], "arrays by name. Got a list"),
+    "no-ids": (QWEN, lambda x: {"attention_mask": x["attention_mask"]}, "must hold input_ids. Got"),
+    "unknown": (QWEN, lambda x: x | {"pixel_value": 1}, "Got pixel_value. Leave it out"),
+    "one-row": (QWEN, lambda x: x | {"input_ids": x["input_ids"][0]}, r"integers \[B, N\].*Got int64 \(46,\)"),
+    "float-ids": (QWEN, lambda x: x | {"input_ids": x["input_ids"] * 1.0}, "integers .*Got float64"),
+    "no-tokens": (QWEN, lambda x: x | {"input_ids": x["input_ids"][:, :0]}, r"at least one. Got int64 \(1, 0\)"),
+    "big-id": (QWEN, lambda x: with_ids(x, set_id(0, 96)), r"in \[0, 96\).*Got 4?1?3?.*96"),
+    "negative-id": (QWEN, lambda x: with_ids(x, set_id(0, -1)), r"in \[0, 96\)"),
+    "mask-shape": (
+        QWEN,
+        lambda x: x | {"attention_mask": np.ones((1, 45), int)},
+        r"shape \(1, 46\).*Got int64 \(1, 45\)",
+    ),
+    "mask-float": (QWEN, lambda x: x | {"attention_mask": np.ones((1, 46))}, "Got float64"),
+    "mask-hole": (QWEN, lambda x: x | {"attention_mask": np.arange(46)[None] % 9}, "left or right of a row.*row 0"),
+    "all-padding": (QWEN, lambda x: x | {"attention_mask": np.zeros((1, 46), int)}, "every row must have a token"),
+    "types": (QWEN, lambda x: x | {"mm_token_type_ids": x["mm_token_type_ids"] * 2}, "mm_token_type_ids must be 1 at"),
+    "types-shape": (GEMMA, lambda x: x | {"token_type_ids": np.zeros((1, 3))}, r"the shape \(1, 46\)"),
+    "no-pixels": (QWEN, lambda x: {n: v for n, v in x.items() if n != "pixel_values"}, "Got none for 2 runs"),
+    "no-pixels-gemma": (GEMMA, lambda x: {n: v for n, v in x.items() if n != "pixel_values"}, "Got none for 2 runs"),
+    "no-grids": (
+        QWEN,
+        lambda x: {n: v for n, v in x.items() if n != "image_grid_thw"},
+        "image_grid_thw must .*nothing",
+    ),
+    "grids-shape": (QWEN, lambda x: x | {"image_grid_thw": grids(x).T}, r"integers \[n, 3\].*Got int64 \(3, 2\)"),
+    "grids-float": (QWEN, lambda x: x | {"image_grid_thw": grids(x) * 1.0}, "Got float64"),
+    "grids-few": (QWEN, lambda x: x | {"image_grid_thw": grids(x)[:1]}, "each of the 2 runs .*Got 1 rows"),
+    "grids-alone": (QWEN, lambda x: x | {"video_grid_thw": grids(x)}, "comes with pixel_values_videos. Got it alone"),
+    "grids-wrong": (
+        QWEN,
+        lambda x: x | {"image_grid_thw": grids(x) * [1, 1, 2]},
+        "image 0 must have 32 placeholders.*16",
+    ),
+    "grids-odd": (QWEN, lambda x: x | {"image_grid_thw": np.array([[1, 64, 1]] * 2)}, "multiples of 2"),
+    "grids-zero": (QWEN, lambda x: x | {"image_grid_thw": grids(x) * 0}, "positive sizes"),
+    "pixels-int": (QWEN, lambda x: x | {"pixel_values": np.zeros((128, 96), int)}, "floating-point.*Got int64"),
+    "pixels-few": (QWEN, lambda x: x | {"pixel_values": x["pixel_values"][:-1]}, r"\(128, 96\).*Got \(127, 96\)"),
+    "pixels-many": (GEMMA, lambda x: x | {"pixel_values": np.zeros((3, 3, 32, 32), np.float32)}, "48.*Got 32"),
+    "pixels-small": (GEMMA, lambda x: x | {"pixel_values": x["pixel_values"][..., :16]}, r"Got \(2, 3, 32, 16\)"),
+    "pixels-for-text": (GEMMA, lambda x: x | {"input_ids": np.full((1, 46), 9)}, "Got .* for 0 runs|token_type_ids"),
+    "video-for-gemma": (GEMMA, lambda x: x | {"video_grid_thw": np.ones((1, 3), int)}, "takes no video_grid_thw"),
+    "short-image": (QWEN, lambda x: with_ids(x, set_id(20, 9)), r"image 0 .*Got 15, at \[5, 20\) of row 0"),
+    "short-image-gemma": (GEMMA, lambda x: with_ids(x, set_id(20, 9)), "image 0 must have 16 placeholders"),
+    "split-image": (QWEN, lambda x: with_ids(x, set_id(10, 9)), "each of the 3 runs"),
+    "no-start": (QWEN, lambda x: with_ids(x, set_id(4, 9)), "image 0, .*no start before"),
+    "no-end": (GEMMA, lambda x: with_ids(x, set_id(21, 9)), "image 0, .*no end after"),
+}
+
+
+@pytest.mark.parametrize(("family", "change", "message"), WRONG.values(), ids=WRONG)
+def test_malformed_inputs(family, change, message):
+    with pytest.raises(ValueError, match=message):
+        sparse_prefill(twin(family).params, change(prompt(family)))
+
+
+def test_malformed_videos():
+    params, inputs = twin(QWEN).params, in_numpy(make_video_inputs([3]))
+    with pytest.raises(ValueError, match=r"video 0 must have 32 placeholders"):
+        sparse_prefill(params, inputs | {"video_grid_thw": np.array([[2, 8, 8]])})
+    with pytest.raises(ValueError, match=r"one number per video, 1. Got"):
+        sparse_prefill(params, inputs | {"second_per_grid_ts": np.ones(2)})
+
+
+def test_the_ids_alone_do(monkeypatch):
+    """Mask and token types say again what the ids say; padding may hold any id."""
+    config = twin(QWEN).params.config
+    inputs = in_numpy(make_inputs(QWEN, [make_ids(2), make_ids(2)[2:]], left=False))
+    full = read_inputs(config, inputs)
+    padding = inputs["attention_mask"] == 0
+    ids = np.where(padding, IMAGE, inputs["input_ids"])
+    bare = read_inputs(config, inputs | {"input_ids": ids, "mm_token_type_ids": None})
+    np.testing.assert_array_equal(full.tokens.ids, bare.tokens.ids)
+    assert full.tokens.start.tolist() == [0, 2] and not full.tokens.ids[1, :2].any()
+    np.testing.assert_array_equal(full.tokens.ids[1, 2:], inputs["input_ids"][1, :-2])
+    with_past = inputs | {"attention_mask": np.c_[np.zeros((2, 7), int), inputs["attention_mask"]]}
+    np.testing.assert_array_equal(read_inputs(config, with_past, past=7).given, full.given)
+
+
+def test_a_profile_is_needed_and_must_fit():
+    params, inputs = twin(QWEN).params, prompt(QWEN)
+    with pytest.raises(ValueError, match=r"blindsight calibrate.*dense=True"):
+        sparse_prefill(replace(params, profile=None), inputs)
+    other = replace(params.fingerprint, n_layers=5)
+    with pytest.raises(ValueError, match=r"4 layers of 4 heads. Got one of \(5, 4\)"):
+        sparse_prefill(replace(params, profile=Profile.uniform(Category.SINK, other)), inputs)
+
+
+@pytest.fixture
+def cache():
+    """One that holds `make_ids(2)`, up to the second image's last token but one; 46 tokens of 128 slots."""
+    params = twin(QWEN).params
+    tokens = read_inputs(params.config, prompt(QWEN)).tokens
+    buffers = tuple(jnp.zeros((1, 2, 128, 16)) for _ in range(4))
+    return Cache(buffers, buffers, 46, np.array([20], np.int32), tokens)
+
+
+def test_what_does_not_fit_into_the_cache(cache):
+    params, inputs = twin(QWEN).params, prompt(QWEN)
+    with pytest.raises(ValueError, match=r"capacity must be at least the prompt's 46 tokens.*Got 45"):
+        sparse_prefill(params, inputs, capacity=45)
+    with pytest.raises(ValueError, match=r"keeps its capacity of 128. Got capacity=200"):
+        sparse_prefill(params, inputs, cache=cache, capacity=200)
+    text = {"input_ids": np.full((1, 83), 9)}
+    with pytest.raises(ValueError, match=r"capacity of 128 slots. Got 46 \+ 83. Prefill with capacity=129"):
+        sparse_prefill(params, text, cache=cache)
+    with pytest.raises(ValueError, match=r"as many rows as the cache has, 1. Got 2"):
+        sparse_prefill(params, {"input_ids": np.full((2, 3), 9)}, cache=cache)
+    padded = {"input_ids": np.full((1, 3), 9), "attention_mask": np.array([[1, 1, 0]])}
+    with pytest.raises(ValueError, match=r"no padding.*Got \[1\]"):
+        sparse_prefill(params, padded, cache=cache)
+    with pytest.raises(ValueError, match=r"Got none for 1 runs"):
+        sparse_prefill(params, {"input_ids": np.array([[IMAGE] * 5 + [END]])}, cache=cache)
+
+
+def test_an_image_cannot_go_on_in_the_next_piece():
+    """Neither with its picture, whose tokens are not all there, nor without."""
+    params, inputs = twin(QWEN).params, prompt(QWEN, 1)
+    piece = {name: inputs[name][:, :12] for name in ("input_ids", "attention_mask")}
+    pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    with pytest.raises(ValueError, match=r"image 0 must have 16 .*Got 7.*cut between images"):
+        sparse_prefill(params, piece | pictures)
+
+
+def test_decode_steps_refuse_what_is_not_one_token_a_row(cache):
+    params = twin(QWEN).params
+    for tokens, message in (
+        (np.array([[9]]), r"integers \[B\].* 1 rows. Got int64 \(1, 1\)"),
+        (np.array([9, 9]), r"Got int64 \(2,\)"),
+        (np.array([9.0]), "Got float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_step(params, tokens, cache)
+    with pytest.raises(ValueError, match=r"capacity of 128 slots. Got 128 \+ 1"):
+        decode_step(params, np.array([9]), replace(cache, length=128))
+    for buffer in cache.keys:
+        buffer.delete()
+    with pytest.raises(ValueError, match=r"consumed already"):
+        decode_step(params, np.array([9]), cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens must be at least 1"),
+        (dict(temperature=-1.0), "temperature must be a finite number"),
+        (dict(temperature=float("nan")), "temperature must be a finite number"),
+        (dict(temperature=1.0, top_k=0), "top_k must be at least 1"),
+        (dict(temperature=1.0, top_p=0.0), r"top_p must be in \(0, 1\]"),
+        (dict(temperature=1.0, top_p=1.5), r"top_p must be in \(0, 1\]"),
+        (dict(top_k=3), "with temperature=0"),
+    ],
+)
+def test_options_of_generate(options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(twin(QWEN).params, prompt(QWEN), **dict(max_new_tokens=4) | options)
+
+
+def test_placeholders_that_the_model_wrote_are_text(cache):
+    special = twin(QWEN).params.config.special
+    written = replace(cache, written=(np.array([IMAGE]), jnp.array([VIDEO]), np.array([START])))
+    tokens = written.tokens(special)
+    assert tokens.ids[0, 46:].tolist() == [-1, -1, START]
+    (layout,) = tokens.followed_by(Tokens.text(np.array([[9]]))).layouts(twin(QWEN).params.config)
+    assert layout.n_images == 2 and layout.n_tokens == 50
+    assert layout.images[0].tolist() == [4, 5, 5 + IMAGE_TOKENS, 6 + IMAGE_TOKENS]
