@@ -22,6 +22,7 @@ LAYERS = {
     "torch_blindsight": 2,
     "jax_blindsight": 2,
     "blindsight_cli": 3,
+    "blindsight_gpu": 3,
 }
 LOWERINGS = ("reference", "portable", "triton", "pallas")  # first word of a module's name in blindsight_kernels
 NOT_PACKAGES = ("kernels", "scripts", "tests")  # folders that resolve as namespace packages from the repository root

@@ -27,13 +27,20 @@ class Configuration:
 
 
 # (generation, bytes of an element) -> head dimension -> tiles. Generation 80 fits the 99 KB of shared memory of every
-# GPU since Ampere; 90 is Hopper, 100 data-centre Blackwell, both with 227 KB. What each uses: triton_resources.json.
+# GPU since Ampere; 90 is Hopper, 100 data-centre Blackwell, both with 227 KB. What each uses: triton_resources.json;
+# why these for Hopper: docs/triton-hopper.md.
 _HOPPER = {
     16: Configuration(128, 128, 8, 3, True),
     32: Configuration(128, 128, 8, 3, True),
     64: Configuration(128, 128, 8, 3, True),
+    128: Configuration(128, 128, 8, 2, True),
+    256: Configuration(128, 64, 8, 2, True),
+}
+_BLACKWELL = {
+    **_HOPPER,
+    64: Configuration(128, 64, 8, 3, True),
     128: Configuration(128, 64, 8, 3, True),
-    256: Configuration(64, 64, 8, 2, True),
+    256: Configuration(128, 32, 8, 2, True),
 }
 _AMPERE = {
     16: Configuration(128, 64, 4, 3, False),
@@ -45,15 +52,14 @@ _AMPERE = {
 # Exact float32 products run without tensor cores: small tiles, for comparisons rather than for speed.
 _EXACT = {
     16: Configuration(64, 32, 4, 2, False),
-    32: Configuration(64, 32, 8, 2, False),
+    32: Configuration(32, 32, 8, 2, False),
     64: Configuration(32, 32, 8, 1, False),
-    128: Configuration(16, 16, 8, 2, False),
-    256: Configuration(16, 16, 8, 2, False),
+    128: Configuration(32, 16, 8, 2, False),
+    256: Configuration(16, 16, 8, 1, False),
 }
-_TILES = {(80, 2): _AMPERE, (90, 2): _HOPPER, (100, 2): {**_HOPPER, 64: Configuration(128, 64, 8, 3, True)}}
-_TILES |= {(80, 4): _EXACT, (90, 4): _EXACT, (100, 4): {**_EXACT, 128: Configuration(32, 16, 8, 2, False)}}
+_TILES = {(80, 2): _AMPERE, (90, 2): _HOPPER, (100, 2): _BLACKWELL}
 GENERATIONS = (80, 90, 100)
-ELEMENT_SIZES = (2, 4)
+_TILES |= {(gpu, 4): _EXACT for gpu in GENERATIONS}
 
 
 def generation(major: int) -> int:

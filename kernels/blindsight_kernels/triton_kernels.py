@@ -86,6 +86,22 @@ def _update(acc, l_i, m_i, s, scale, v, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _rows(p_tile, rows_ptr, q_start, BLOCK_Q: tl.constexpr):
+    """Positions of a tile's rows, their indices among the queries in int64, and which of them exist.
+
+    Loads are volatile so that the compiler computes all this again for the store, after the loops, rather than keep
+    it in registers that a wide head has not.
+    """
+    o_q = tl.arange(0, BLOCK_Q)
+    gathered = (tl.load(p_tile + 1, volatile=True) & 1) != 0
+    row_start = tl.load(p_tile + 2, volatile=True)
+    m_q = o_q < tl.load(p_tile + 3, volatile=True)
+    pos = tl.load(rows_ptr + row_start + o_q, mask=m_q & gathered, other=0, volatile=True)
+    pos = tl.where(gathered, pos, row_start + o_q)
+    return pos, (pos - q_start).to(tl.int64), m_q
+
+
+@triton.jit
 def _masked_tile(j, start, full, n_full, stop, BLOCK_K: tl.constexpr):
     """First key of the j-th masked tile of a span, and where its piece of the span ends."""
     n_before = tl.cdiv(full - start, BLOCK_K)
@@ -140,18 +156,10 @@ def prefill_kernel(
     category = tl.load(p_head + 2)
     p_tile = tiles_ptr + (category * n_tiles + program % n_tiles) * N_FIELDS
     batch = tl.load(p_tile)
-    flags = tl.load(p_tile + 1)
-    row_start = tl.load(p_tile + 2)
-    n_rows = tl.load(p_tile + 3)
-    slot = tl.load(p_tile + 4)
 
-    o_q = tl.arange(0, BLOCK_Q)
     o_k = tl.arange(0, BLOCK_K)
     o_d = tl.arange(0, D)
-    m_q = o_q < n_rows
-    gathered = (flags & 1) != 0
-    pos = tl.where(gathered, tl.load(rows_ptr + row_start + o_q, mask=m_q & gathered, other=0), row_start + o_q)
-    row = (pos - q_start).to(tl.int64)
+    pos, row, m_q = _rows(p_tile, rows_ptr, q_start, BLOCK_Q)
     p_q = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q = tl.load(p_q + row[:, None] * stride_qt + o_d[None, :], mask=m_q[:, None], other=0.0)
     m_i = tl.full([BLOCK_Q], _NEVER, tl.float32)
@@ -181,7 +189,7 @@ def prefill_kernel(
     full = tl.load(p_tile + 10)
     n_full = tl.load(p_tile + 11)
     stop = tl.load(p_tile + 12)
-    newest = tl.where((flags & 2) != 0, stop, pos)
+    newest = tl.where((tl.load(p_tile + 1) & 2) != 0, stop, pos)
     for j in range(0, n_full):
         key = full + j * BLOCK_K
         s = _scores(q, _tile(k, batch, kv, key, None, BLOCK_K, D, TMA), PRECISION)
@@ -191,25 +199,27 @@ def prefill_kernel(
         key, end = _masked_tile(j, start, full, n_full, stop, BLOCK_K)
         s = _scores(q, _tile(k, batch, kv, key, end, BLOCK_K, D, TMA), PRECISION)
         position = (key + o_k)[None, :]
-        m_s = (position < end) & (position <= newest[:, None]) & (position >= oldest[:, None])
+        m_s = (position <= tl.minimum(newest, end - 1)[:, None]) & (position >= oldest[:, None])
         s = tl.where(m_s, s * scale, _NEVER)
         values = _tile(v, batch, kv, key, end, BLOCK_K, D, TMA)
         acc, l_i, m_i = _update(acc, l_i, m_i, s, 1.0, values, PRECISION)
 
     acc = acc / l_i[:, None]
     lse = m_i + tl.math.log2(l_i)
+    slot = tl.load(p_tile + 4, volatile=True)
     if slot >= 0:
-        o_part = (head.to(tl.int64) * n_slots + slot) * BLOCK_Q + o_q
+        o_part = (head.to(tl.int64) * n_slots + slot) * BLOCK_Q + tl.arange(0, BLOCK_Q)
         tl.store(part_out_ptr + o_part[:, None] * D + o_d[None, :], acc)
         tl.store(part_lse_ptr + o_part, lse)
     else:
+        _, row, m_q = _rows(p_tile, rows_ptr, q_start, BLOCK_Q)
         _store(out_ptr, lse_ptr, acc, lse, batch, head, row, m_q, n_queries, n_heads, o_d, D)
 
 
 @triton.jit
 def _store(out_ptr, lse_ptr, acc, lse, batch, head, row, m_q, n_queries, n_heads, o_d, D: tl.constexpr):
     """Writes rows of the output and of the log-sum-exp, here turned from base 2 to base e."""
-    p_out = out_ptr + ((batch.to(tl.int64) * n_queries + row) * n_heads + head)[:, None] * D + o_d[None, :]
+    p_out = out_ptr + ((batch * n_queries + row) * n_heads + head)[:, None] * D + o_d[None, :]  # `row` is int64
     tl.store(p_out, _narrow(acc, out_ptr.dtype.element_ty), mask=m_q[:, None])
     p_lse = lse_ptr + (batch.to(tl.int64) * n_heads + head) * n_queries + row
     tl.store(p_lse, lse * 0.6931471805599453, mask=m_q)

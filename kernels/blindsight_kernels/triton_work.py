@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shared_profiles.categories import Category
+from shared_profiles.layout import Layout
 from shared_profiles.plan import Plan
 
 # Columns of a tile: batch, flags, row_start, n_rows, slot; then start, full, n_full, stop of its slice of the packed
@@ -126,13 +127,14 @@ def build_work(plans: tuple[Plan, ...], block_k: int, device: torch.device) -> W
 
 
 @lru_cache(maxsize=256)
-def order_heads(categories: tuple[int, ...], n_kv_heads: int, work: Work) -> Tensor:
+def order_heads(categories: tuple[int, ...], n_kv_heads: int, work: Work, skip_dense: bool = False) -> Tensor:
     """The heads of a layer in the order they are launched: `[H, 3]` int32 on the work's device.
 
     Args:
         categories: of each query head, values of `Category`.
         n_kv_heads: K; head h reads kv head `h // (H // K)`.
         work: the batch's work list.
+        skip_dense: leave `DENSE` heads out.
 
     Raises:
         ValueError: not a category, or H is not a multiple of K.
@@ -147,6 +149,8 @@ def order_heads(categories: tuple[int, ...], n_kv_heads: int, work: Work) -> Ten
     cost = work.cost[category]
     of_group = np.bincount(kv, weights=cost, minlength=n_kv_heads)
     order = np.lexsort((np.arange(len(category)), -cost, kv, -of_group[kv]))
+    if skip_dense:
+        order = order[category[order] != Category.DENSE]
     heads = np.stack([order, kv[order], category[order]], axis=1).astype(np.int32)
     return torch.from_numpy(heads).to(work.tiles.device)
 
@@ -179,15 +183,29 @@ def _tiles_of(
         packed = plan.packed(category)
         base = packed_base + (0 if category is Category.INTRA_IMAGE else len(plan.packed_text))
         start, stop = plan.packed_start[category], plan.packed_stop[category]
+        lo, hi = plan.lo[category], plan.hi[category]
+        if category in (Category.SINK, Category.INTRA_IMAGE_SINK):
+            n_moved = np.where(gathered, 0, _own_delimiters(plan.layout, lo))
+            lo, stop = lo + n_moved, stop + n_moved
         table[category, :, 5:9] = _span(start, np.searchsorted(packed, oldest), stop, stop, block_k)
         table[category][:, [5, 6, 8]] += base
-        lo, hi = plan.lo[category], plan.hi[category]
         table[category, :, 9:13] = _span(lo, oldest, np.where(both_ways, hi, np.minimum(first + 1, hi)), hi, block_k)
         table[category, :, :5] = np.stack(common, axis=1)
 
     heads = np.flatnonzero(in_parts & (plan.part == 0))
     merges = [np.full(len(heads), batch), row_start[heads], plan.n_rows[heads], slots[heads], plan.n_parts[heads]]
     return table, np.stack(merges, axis=1)
+
+
+def _own_delimiters(layout: Layout, lo: np.ndarray) -> np.ndarray:
+    """Keys at the beginning of ranges from `lo` that are an image's start delimiter: `[n]`, mostly 0 or 1.
+
+    They are sinks, so the packed keys hold them next. Read there, they leave a range that begins with the image's
+    first token like its tiles, and ends with a whole number of K tiles instead of one key more.
+    """
+    begin, first = layout.images[:, 0], layout.images[:, 1]
+    image = np.searchsorted(begin, lo, side="right") - 1
+    return np.where((image >= 0) & (begin[image] == lo), first[image] - begin[image], 0) if len(begin) else 0 * lo
 
 
 def _span(start: np.ndarray, full: np.ndarray, full_stop: np.ndarray, stop: np.ndarray, block: int) -> np.ndarray:

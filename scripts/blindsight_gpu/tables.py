@@ -1,0 +1,169 @@
+"""Result files as text: a short summary for a terminal, and the README's section."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from blindsight_gpu.results import Row, read
+
+BEGIN, END = "<!-- gpu-results:begin -->", "<!-- gpu-results:end -->"
+COMMAND = "PYTHONPATH=.:kernels:scripts python scripts/gpu_check.py --out docs/results"
+_NOT_YET = f"Not yet measured on a GPU; run `{COMMAND}` on one, then `python scripts/render_results.py`."
+_SHOWN = (
+    *("ours_ms", "dense_ms", "flex_ms", "varlen_ms", "speed_up", "useful_tflops", "predicted_ms", "plan_ms"),
+    *("dense_s", "sparse_s", "seconds_per_image", "seconds", "peak_gib", "passed", "failed", "largest_error"),
+)
+_PARTS = ("correctness", "bounds", "attention", "model", "calibration", "tune")
+
+
+def summary(part: str, document: dict[str, Any]) -> str:
+    """A part's rows, one line each."""
+    rows = document["rows"]
+    failed = sum("failure" in row for row in rows)
+    title = f"== {part}: {len(rows)} rows, {failed} failed, {len(document['left_out'])} left out"
+    return "\n".join([title + " (DRY RUN)" * document["dry_run"], *map(_line, rows)])
+
+
+def _line(row: Row) -> str:
+    if "failure" in row:
+        return f"   {row['case']}: FAILED: {row['failure'][:160]}"
+    shown = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return f"   {row['case']}: " + ", ".join(f"{name} {shown[name]:.4g}" for name in _SHOWN if name in shown)
+
+
+def section(folder: Path) -> str:
+    """The README's section: tables of what is measured, or one sentence where nothing is.
+
+    Raises:
+        ValueError: a result is from a dry run, or the results are of different GPUs.
+    """
+    found = {part: read(folder / f"gpu-{part}.json") for part in _PARTS}
+    documents = {part: document for part, document in found.items() if document is not None}
+    if not documents:
+        return _NOT_YET
+    for part, document in documents.items():
+        if document["dry_run"]:
+            raise ValueError(
+                f"results must be measured on a GPU. Got a dry run in {folder / f'gpu-{part}.json'}: delete it, or run "
+                f"{COMMAND} on a GPU."
+            )
+    names = {document["machine"]["gpu"]["name"] for document in documents.values()}
+    if len(names) > 1:
+        raise ValueError(f"all results must be of one GPU. Got {', '.join(sorted(names))}: measure them all on one.")
+    makers = {"correctness": _correctness, "bounds": _bounds, "attention": _attention, "model": _model}
+    makers |= {"calibration": _calibration}
+    parts = [_machine(documents), *(makers[part](_good(documents[part])) for part in makers if part in documents)]
+    parts += [_missing(documents)]
+    return "\n\n".join(filter(None, parts))
+
+
+def render(readme: str, folder: Path) -> str:
+    """The README with the section between its markers renewed.
+
+    Raises:
+        ValueError: it has not both markers, once each and in order; or as `section`.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"the README must hold {BEGIN} and then {END}, once each. Add them where the table belongs.")
+    head, rest = readme.split(BEGIN)
+    return f"{head}{BEGIN}\n{section(folder)}\n{END}{rest.split(END)[1]}"
+
+
+def _good(document: dict[str, Any]) -> list[Row]:
+    return [row for row in document["rows"] if "failure" not in row]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(row: Row, name: str, form: str = "{:.2f}", note: str = "") -> str:
+    """A cell; a dash with the reason where the row has none."""
+    return form.format(row[name]) if row.get(name) is not None else f"– {note}".strip()
+
+
+def _machine(documents: dict[str, dict[str, Any]]) -> str:
+    machine = next(iter(documents.values()))["machine"]
+    gpu, versions = machine["gpu"], machine["versions"]
+    return (
+        f"Measured on one {gpu['name']} (driver {gpu.get('driver_version', 'unknown')}, SM clock at most "
+        f"{gpu.get('clocks.max.sm', 'unknown')}), torch {versions['torch']}, triton {versions['triton']}, cuDNN "
+        f"{versions['cudnn']}; commit `{str(machine['commit'])[:12]}`; medians by CUDA events. Result files: "
+        "`docs/results/gpu-*.json`."
+    )
+
+
+def _correctness(rows: list[Row]) -> str:
+    return "\n".join(f"`pytest -m gpu`: {row['passed']} passed, {row['skipped']} skipped." for row in rows)
+
+
+def _bounds(rows: list[Row]) -> str:
+    launches = [row for row in rows if "largest_error" in row]
+    body = [
+        [
+            row["case"],
+            f"{row['tokens']:,}",
+            f"{row['largest_offset']:,}",
+            f"{row['largest_error']:.1e}",
+            f"{row['plain_error']:.1e}",
+        ]
+        for row in launches
+    ]
+    return _table(["launch, against float64", "tokens", "largest offset", "error", "plain attention's"], body)
+
+
+def _attention(rows: list[Row]) -> str:
+    body = []
+    for row in rows:
+        if "profile" not in row:
+            continue
+        body.append(
+            [
+                f"{row['shape']} {row['heads']}, {row['tokens']:,}: {row['profile']}",
+                _number(row, "ours_ms"),
+                f"{row['ours_ms'] * row['speed_up']:.2f}",
+                f"{row['speed_up']:.2f}x",
+                _number(row, "bound_ms"),
+                _number(row, "flex_ms", note=row.get("flex_note", "")),
+                _number(row, "varlen_ms", note=row.get("varlen_note", "")),
+                _number(row, "useful_tflops", "{:.0f}"),
+            ]
+        )
+    denominators = sorted({row["denominator"] for row in rows if "denominator" in row})
+    head = ["one layer (ms)", "ours", "dense", "speed-up", "bound", "FlexAttention", "varlen", "TFLOP/s"]
+    said = f"Dense, the denominator, is {'; '.join(denominators)}. The bound is kept pairs at the dense kernel's rate."
+    return f"{_table(head, body)}\n\n{said} The varlen composition computes the rows of images only."
+
+
+def _model(rows: list[Row]) -> str:
+    body = [
+        [
+            f"{row['case']}, {row['tokens']:,} tokens",
+            _number(row, "dense_s"),
+            _number(row, "sparse_s"),
+            f"{row['speed_up']:.2f}x",
+            _number(row, "tower_s"),
+            _number(row, "ttft_speed_up", "{:.2f}x"),
+            _number(row, "dense_peak_gib", "{:.0f}"),
+            _number(row, "sparse_peak_gib", "{:.0f}"),
+        ]
+        for row in rows
+        if "sparse_s" in row
+    ]
+    head = ["language model, random weights (s)", "dense", "sparse", "speed-up", "vision tower", "with tower"]
+    return _table([*head, "peak GiB dense", "sparse"], body)
+
+
+def _calibration(rows: list[Row]) -> str:
+    body = [[row["case"], _number(row, "seconds"), _number(row, "peak_gib", "{:.0f}")] for row in rows]
+    return _table(["calibrating one prompt", "seconds", "peak GiB"], body)
+
+
+def _missing(documents: dict[str, dict[str, Any]]) -> str:
+    """What was asked for and has no figure: misses are published too."""
+    lines = [f"- {row['case']}: {row['failure']}" for d in documents.values() for row in d["rows"] if "failure" in row]
+    lines += [f"- {case}: left out for want of time" for d in documents.values() for case in d["left_out"]]
+    return "\n".join(["Not measured:", "", *lines]) if lines else ""

@@ -1,0 +1,36 @@
+"""Writes the GPU figures of `docs/results/gpu-*.json` into the README; `--check` only says whether they are there.
+
+PYTHONPATH=.:kernels:scripts python scripts/render_results.py [--check]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from blindsight_gpu.tables import render
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    """0; with `--check` 1 where the README is out of date."""
+    parser = argparse.ArgumentParser(description="Renders the README's GPU section from the result files.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where the README is out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results")
+    asked = parser.parse_args()
+    before = asked.readme.read_text(encoding="utf-8")
+    try:
+        after = render(before, asked.results)
+    except ValueError as error:
+        sys.exit(str(error))
+    if asked.check:
+        if after != before:
+            sys.exit(f"{asked.readme} is out of date: run python scripts/render_results.py.")
+    else:
+        asked.readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
