@@ -263,6 +263,7 @@ def _layers(
             window=config.text.windows[layer],
             scale=config.text.scale,
             bidirectional=config.bidirectional,
+            lse=False,
         )
         return out
 

@@ -28,6 +28,15 @@ def _seed() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture
+def no_grad():
+    """Runs a test without gradients, as models are served."""
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips `gpu` tests where no GPU is usable; torch is imported only if such a test is about to run."""
     if item.get_closest_marker("gpu") is None:

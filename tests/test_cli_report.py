@@ -85,7 +85,7 @@ def sample(n_layers: int = 6, n_heads: int = 8, n_kv_heads: int = 4, seed: int =
                 TimingRow("attention of all layers", 9_842, 600, 6.31, 1.87, 5),
                 TimingRow("whole prefill", 2_466, 150, 1.234, 1.001, 9),
             ),
-            Machine("AMD EPYC 7763", 2, "2.11.0"),
+            Machine("AMD EPYC 7763", 2, "torch 2.11.0"),
         ),
         flops=tuple(flops_point(n) for n in (2, 4, 8, 16, 32, 64)),
         masks=mask_example(),

@@ -155,7 +155,7 @@ def test_calibrate_names_the_bad_line(line: str, message: str, checkpoint: Path,
 
 
 def test_calibrate_refuses_early(checkpoint: Path, prompts: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("blindsight_cli.commands.calibrate.load_checkpoint", None)  # nothing gets that far
+    monkeypatch.setattr("blindsight_cli.commands.calibrate.load_backend", None)  # nothing gets that far
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "one.jsonl").write_text('{"images": [], "question": "?"}\n')
     alien = tmp_path / "alien"
@@ -190,7 +190,7 @@ def test_compare_reports_what_the_library_computes(checkpoint: Path, prompts: Pa
 
     dense = next_token()
     text = processor.tokenizer.decode(model.generate(**inputs, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :])
-    with patch(model, sparse_profile):
+    with patch(model, sparse_profile, break_even=False):
         sparse = next_token()
     kl = float((dense.exp() * (dense - sparse)).sum())
     assert told["kl_nats"] == pytest.approx(kl, rel=1e-3, abs=1e-9) and kl > 0

@@ -18,6 +18,7 @@ TRACEBACK = "BLINDSIGHT_TRACEBACK"
 # Packages that a plain `pip install blindsight` leaves out, and the extra that brings them.
 _EXTRAS = {
     **dict.fromkeys(("torch", "torchvision", "transformers", "safetensors", "PIL", "tqdm"), "torch"),
+    **dict.fromkeys(("jax", "flax", "orbax", "ml_dtypes"), "jax"),
     "jinja2": "cli",
 }
 

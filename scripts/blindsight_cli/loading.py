@@ -5,7 +5,6 @@ Only local files are read: a checkpoint is a folder, and nothing is looked up on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +19,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
 from blindsight_cli.errors import IncompatibleError
-from shared_profiles import family_of
+from blindsight_cli.folders import AGAIN, check_family
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-_AGAIN = "Download or save the checkpoint again."
 
 
 def load_checkpoint(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -58,11 +55,11 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
         )
     except (RuntimeError, SafetensorError, StrictDataclassError) as error:  # sizes, files, config.json
         reason = " ".join(str(error).split()).rstrip(".!")
-        raise ValueError(f"{folder} must hold a whole checkpoint. Got: {reason}. {_AGAIN}") from error
+        raise ValueError(f"{folder} must hold a whole checkpoint. Got: {reason}. {AGAIN}") from error
     # transformers makes up missing weights and carries on; answers and profile would be worthless.
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
-            f"{folder} must hold all weights of its model. Missing: {len(missing)}, the first is {missing[0]}. {_AGAIN}"
+            f"{folder} must hold all weights of its model. Missing: {len(missing)}, the first is {missing[0]}. {AGAIN}"
         )
     return model.eval().to(device)
 
@@ -81,30 +78,6 @@ def load_processor(folder: Path) -> Any:
             f"{folder} must hold the files of its processor (preprocessor_config.json or processor_config.json, the "
             f"tokenizer, the chat template) beside the weights. Got: {str(error).splitlines()[0]}"
         ) from error
-
-
-def check_family(folder: Path) -> None:
-    """Reads a checkpoint's `config.json` before any weights are.
-
-    Raises:
-        IncompatibleError: the family is not supported.
-        ValueError: the folder holds no checkpoint.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        found = "there is no config.json in it" if folder.is_dir() else "there is no such folder"
-        raise ValueError(
-            f"CHECKPOINT must be a folder, as save_pretrained writes it. Got {folder}: {found}. A checkpoint on a hub "
-            f"must be downloaded first: hf download {folder} --local-dir FOLDER"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON. Got: {error}. {_AGAIN}") from error
-    try:
-        family_of(config if isinstance(config, dict) else {})
-    except ValueError as error:
-        raise IncompatibleError(f"{folder}: {error}") from error
 
 
 def pick_device(name: str | None) -> str:

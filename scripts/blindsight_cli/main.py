@@ -39,6 +39,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: the checkpoint's own.")
 ]
+Backend = Annotated[Literal["torch", "jax"], typer.Option(help="The framework that runs the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one")]
 
 
@@ -71,6 +72,7 @@ def demo(
     questions: Annotated[int, typer.Option(help="Questions per number of images.", min=1)] = 200,
     calibration_prompts: Annotated[int, typer.Option(help="Prompts to calibrate on.", min=1)] = 12,
     seed: Annotated[int, typer.Option(help="Which held-out questions are asked.", min=0)] = 0,
+    backend: Backend = "torch",
     as_json: Json = False,
 ) -> int:
     """Calibrate, patch and question the shipped small model; write a report."""
@@ -82,6 +84,7 @@ def demo(
         questions=questions,
         calibration_prompts=calibration_prompts,
         seed=seed,
+        backend=backend,
         as_json=as_json,
     )
 
@@ -127,6 +130,7 @@ def calibrate(
         float, typer.Option(help="Quantile over prompts that must pass; smaller is stricter.", min=0, max=1)
     ] = 0.5,
     local_block: Annotated[int, typer.Option(help="Tokens of a local block of SINK, a multiple of 8.", min=8)] = 128,
+    backend: Backend = "torch",
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
@@ -144,6 +148,7 @@ def calibrate(
         limit=limit,
         thresholds=Thresholds(gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile),
         template=SinkTemplate(local_block=local_block),
+        backend=backend,
         dtype=dtype,
         device=device,
         as_json=as_json,
@@ -163,6 +168,7 @@ def run(
     dense: Annotated[bool, typer.Option("--dense", help="Leave the model unpatched.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Answer both ways and compare.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 64,
+    backend: Backend = "torch",
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
@@ -180,6 +186,7 @@ def run(
         dense=dense,
         compare=compare,
         max_new_tokens=max_new_tokens,
+        backend=backend,
         dtype=dtype,
         device=device,
         as_json=as_json,
@@ -188,9 +195,28 @@ def run(
 
 @app.command()
 @guarded
+def convert(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="The new folder, for jax_blindsight.load.")],
+    dtype: Dtype = "auto",
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="The profile.", exists=True, dir_okay=False, show_default="the one that load finds"),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Convert a checkpoint's weights for the JAX backend."""
+    from blindsight_cli.commands.convert import run_convert
+
+    return run_convert(checkpoint=checkpoint, out=out, dtype=dtype, profile=profile, as_json=as_json)
+
+
+@app.command()
+@guarded
 def bench(
     what: Annotated[
-        Literal["attention", "prefill", "plan", "memory", "all"], typer.Argument(help="What to measure.")
+        Literal["attention", "prefill", "plan", "memory", "jax-convert", "jax-attention", "jax-prefill", "all"],
+        typer.Argument(help="What to measure."),
     ] = "all",
     out: Annotated[Path | None, typer.Option(help="Also write the results here, as JSON.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed runs of each; medians are reported.", min=1)] = 5,

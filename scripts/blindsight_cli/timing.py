@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -16,16 +17,21 @@ def time_pair(dense: Callable[[], object], sparse: Callable[[], object], repeats
     Raises:
         ValueError: fewer than one repeat.
     """
+    return median_pair(partial(_seconds, dense), partial(_seconds, sparse), repeats)
+
+
+def median_pair(dense: Callable[[], float], sparse: Callable[[], float], repeats: int) -> tuple[float, float]:
+    """As `time_pair`, of functions that measure themselves and return seconds."""
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1. Got {repeats}.")
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(repeats + 1):
-        for function, times in zip((dense, sparse), seconds, strict=True):
-            begun = time.perf_counter()
-            function()
-            if turn:
-                times.append(time.perf_counter() - begun)
-    return median(seconds[0]), median(seconds[1])
+    turns = [(dense(), sparse()) for _ in range(repeats + 1)][1:]
+    return median(turn[0] for turn in turns), median(turn[1] for turn in turns)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    function()
+    return time.perf_counter() - begun
 
 
 def describe_cpu() -> tuple[str, int]:

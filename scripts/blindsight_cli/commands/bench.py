@@ -144,11 +144,35 @@ def _status(name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
+def bench_jax_convert(repeats: int) -> list[Row]:
+    """Checkpoints to JAX, see `bench_convert`."""
+    from blindsight_cli.commands.bench_convert import bench_convert  # the others need no JAX
+
+    return bench_convert(repeats)
+
+
+def bench_jax_attention(repeats: int) -> list[Row]:
+    """One layer in JAX, see `bench_jax`."""
+    from blindsight_cli.commands import bench_jax
+
+    return bench_jax.bench_attention(repeats, even_layout(16, 1024))
+
+
+def bench_jax_prefill(repeats: int) -> list[Row]:
+    """Whole prefills in JAX, see `bench_jax`."""
+    from blindsight_cli.commands import bench_jax
+
+    return bench_jax.bench_prefill(repeats)
+
+
 BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "attention": bench_attention,
     "prefill": bench_prefill,
     "plan": bench_plan,
     "memory": bench_memory,
+    "jax-convert": bench_jax_convert,
+    "jax-attention": bench_jax_attention,
+    "jax-prefill": bench_jax_prefill,
 }
 
 

@@ -6,9 +6,10 @@ import os
 import time
 from pathlib import Path
 
+from blindsight_cli.backends import BackendName, load_backend
 from blindsight_cli.commands.profile import category_table
 from blindsight_cli.errors import ExitCode
-from blindsight_cli.loading import check_family, load_checkpoint, pick_device
+from blindsight_cli.loading import check_family, load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
 from shared_profiles import SinkTemplate
@@ -16,7 +17,6 @@ from shared_profiles.classifier import Thresholds
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
 from shared_profiles.summary import LEVELS
-from torch_blindsight import calibrate
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it."""
@@ -31,6 +31,7 @@ def run_calibrate(
     limit: int | None,
     thresholds: Thresholds,
     template: SinkTemplate,
+    backend: BackendName,
     dtype: str,
     device: str | None,
     as_json: bool,
@@ -44,14 +45,14 @@ def run_calibrate(
         state: file of the statistics, to go on after an interruption.
         limit: how many prompts to take.
         thresholds, template: how categories are chosen.
-        dtype, device: how the model is loaded.
+        backend, dtype, device: how the model is loaded.
         as_json: print a JSON document instead of a table.
 
     Returns:
         The exit code.
 
     Raises:
-        ValueError, OSError: see `load_checkpoint`, `read_prompts` and `torch_blindsight.calibrate`.
+        ValueError, OSError: see `load_backend`, `read_prompts` and the `calibrate` of either library.
     """
     if thresholds.quantile not in LEVELS:
         raise ValueError(f"--quantile must be a multiple of 0.05 in [0, 1]. Got {thresholds.quantile}.")
@@ -69,12 +70,12 @@ def run_calibrate(
         )
     if skipped := len(prompts) - len(telling):
         note(f"{skipped} of {len(prompts)} prompts have fewer than two images and are skipped: they show nothing")
-    model, processor = load_checkpoint(checkpoint, dtype=dtype, device=pick_device(device))
+    model = load_backend(backend, checkpoint, dtype=dtype, device=device)
+    processor = load_processor(checkpoint)
     begun = time.perf_counter()
     try:
-        profile = calibrate(
-            model,
-            PromptLoader(telling, data, processor, str(model.device)),
+        profile = model.calibrate(
+            PromptLoader(telling, data, processor, model.device),
             dataset=data.name,
             template=template,
             thresholds=thresholds,

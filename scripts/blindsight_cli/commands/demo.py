@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import copy
 import io
 import json
 import shlex
@@ -13,22 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from blindsight_cli import report as reporting
-from blindsight_cli.loading import load_checkpoint
+from blindsight_cli.backends import Backend, BackendName, Prompt, load_backend
+from blindsight_cli.loading import load_processor
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import Puzzle
-from blindsight_cli.timing import describe_cpu, time_pair
+from blindsight_cli.timing import describe_cpu, median_pair
 from shared_profiles import Category, Layout, SinkTemplate, category_mask, count_model_pairs
 from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Profile
-from torch_blindsight import calibrate, patch, portable_attention
-from torch_blindsight.models import ModelInfo, inspect_model
 
 SHIPPED_MODEL = Path(__file__).parents[1] / "models" / "blindsight-tiny-qwen2_5_vl"
 
@@ -42,7 +38,14 @@ _LONG_PROMPT = (32, 256)  # images, and their side in pixels: what the timings a
 
 
 def run_demo(
-    *, model: Path | None, out: Path, questions: int, calibration_prompts: int, seed: int, as_json: bool
+    *,
+    model: Path | None,
+    out: Path,
+    questions: int,
+    calibration_prompts: int,
+    seed: int,
+    backend: BackendName,
+    as_json: bool,
 ) -> int:
     """Runs the demonstration and writes the report.
 
@@ -52,6 +55,7 @@ def run_demo(
         questions: questions asked per number of images.
         calibration_prompts: prompts to calibrate on.
         seed: which held-out puzzles are drawn.
+        backend: the framework that runs the model, on the CPU.
         as_json: print the figures as JSON instead of a table.
 
     Returns:
@@ -59,14 +63,13 @@ def run_demo(
     """
     console = Console(stderr=as_json)
     folder = model or SHIPPED_MODEL
-    vlm, processor = load_checkpoint(folder)
-    info = inspect_model(vlm)
-    console.print(f"[bold]{folder.name}[/]: {info.n_layers} layers x {info.n_heads} heads, {info.family.name}")
+    vlm, processor = load_backend(backend, folder, device="cpu"), load_processor(folder)
+    shape = vlm.facts.fingerprint
+    console.print(f"[bold]{folder.name}[/]: {shape.n_layers} layers x {shape.n_heads} heads, {shape.family}")
 
     first = evaluate.CALIBRATION_SEEDS + seed * calibration_prompts
     puzzles = [p for i in range(calibration_prompts) for p in evaluate.make_puzzles(2 + i % 5, 1, first + i)]
-    profile = calibrate(
-        vlm,
+    profile = vlm.calibrate(
         [evaluate.to_inputs(processor, [p]) for p in puzzles],
         dataset=f"synthetic puzzles {first}..{first + calibration_prompts - 1}",
         template=TEMPLATE,
@@ -81,8 +84,8 @@ def run_demo(
         row, dense, sparse = evaluate.compare(vlm, processor, profile, asked)
         rows.append(row)
         examples = [_example(p, d, s) for p, d, s in zip(asked[:6], dense.answers, sparse.answers, strict=False)]
-    timings = _timings(vlm, processor, info, profile, console)
-    data = _assemble(folder, vlm, processor, info, profile, rows, timings, examples)
+    timings = _timings(vlm, processor, profile, console)
+    data = _assemble(folder, vlm, processor, profile, rows, timings, examples)
     reporting.write_report(data, out)
     if as_json:
         print(json.dumps(data.to_json()))
@@ -92,48 +95,32 @@ def run_demo(
     return 0
 
 
-def _timings(vlm: nn.Module, processor: Any, info: ModelInfo, profile: Profile, console: Console) -> reporting.Timings:
+def _timings(vlm: Backend, processor: Any, profile: Profile, console: Console) -> reporting.Timings:
     """Prefill and attention, dense and sparse, on the questions' own short prompts and on a long one."""
     console.print("timing ...")
-    rows = []
-    questions = evaluate.to_inputs(processor, evaluate.make_puzzles(6, 8, evaluate.EVALUATION_SEEDS))
-    rows.append(_time_prefill(vlm, profile, questions, "prefill of eight questions at once", 6, repeats=5))
+
+    def prefill(prompt: Prompt, what: str, n_images: int, repeats: int) -> reporting.TimingRow:
+        seconds = median_pair(
+            lambda: vlm.prefill_seconds(prompt, None), lambda: vlm.prefill_seconds(prompt, profile), repeats
+        )
+        return reporting.TimingRow(what, int(prompt["attention_mask"].sum()), n_images, *seconds, repeats=repeats)
+
     n_images, side = _LONG_PROMPT
+    questions = evaluate.to_inputs(processor, evaluate.make_puzzles(6, 8, evaluate.EVALUATION_SEEDS))
     long_prompt = _long_prompt(processor, n_images, side)
-    rows.append(_time_prefill(vlm, profile, long_prompt, "prefill", n_images, repeats=3))
-
-    layout = evaluate.layouts_of(vlm, long_prompt)[0]
-    q, k, v = (torch.randn(1, h, layout.n_tokens, info.head_dim) for h in (info.n_heads, *[info.n_kv_heads] * 2))
-    scale, group = info.head_dim**-0.5, info.n_heads // info.n_kv_heads
-
-    def dense() -> None:
-        for _ in range(info.n_layers):
-            k_all, v_all = (x.repeat_interleave(group, dim=1) for x in (k, v))
-            torch.nn.functional.scaled_dot_product_attention(q, k_all, v_all, is_causal=True, scale=scale)
-
-    def sparse() -> None:
-        for categories in profile.categories:
-            portable_attention(q, k, v, [layout], categories, profile.template, scale=scale)
-
-    seconds = time_pair(dense, sparse, repeats=3)
-    rows.append(reporting.TimingRow("attention of all layers", layout.n_tokens, n_images, *seconds, repeats=3))
-    return reporting.Timings(tuple(rows), reporting.Machine(*describe_cpu(), torch.__version__))
+    (layout,) = vlm.facts.layouts(long_prompt)
+    seconds = median_pair(
+        lambda: vlm.attention_seconds(layout, None), lambda: vlm.attention_seconds(layout, profile), repeats=3
+    )
+    rows = (
+        prefill(questions, "prefill of eight questions at once", 6, repeats=5),
+        prefill(long_prompt, "prefill", n_images, repeats=3),
+        reporting.TimingRow("attention of all layers", layout.n_tokens, n_images, *seconds, repeats=3),
+    )
+    return reporting.Timings(rows, reporting.Machine(*describe_cpu(), vlm.version))
 
 
-def _time_prefill(
-    vlm: nn.Module, profile: Profile, inputs: dict[str, torch.Tensor], what: str, n_images: int, repeats: int
-) -> reporting.TimingRow:
-    @torch.no_grad()
-    def forward(side: nn.Module) -> None:
-        side(**inputs, use_cache=False, logits_to_keep=1)
-
-    patched = copy.deepcopy(vlm)
-    patch(patched, profile)
-    seconds = time_pair(lambda: forward(vlm), lambda: forward(patched), repeats)
-    return reporting.TimingRow(what, int(inputs["attention_mask"].sum()), n_images, *seconds, repeats=repeats)
-
-
-def _long_prompt(processor: Any, n_images: int, side: int) -> dict[str, torch.Tensor]:
+def _long_prompt(processor: Any, n_images: int, side: int) -> Prompt:
     """One prompt of many larger pictures; the questions have no such prompts, so it is timed and not graded."""
     puzzle = evaluate.make_puzzles(n_images, 1, evaluate.EVALUATION_SEEDS)[0]
     size = processor.image_processor.size
@@ -146,9 +133,8 @@ def _long_prompt(processor: Any, n_images: int, side: int) -> dict[str, torch.Te
 
 def _assemble(
     folder: Path,
-    vlm: nn.Module,
+    vlm: Backend,
     processor: Any,
-    info: ModelInfo,
     profile: Profile,
     rows: Sequence[reporting.AccuracyRow],
     timings: reporting.Timings,
@@ -158,7 +144,6 @@ def _assemble(
     print_ = profile.fingerprint
     provenance = profile.provenance
     assert provenance is not None and profile.summary is not None
-    n_parameters = sum(p.numel() for p in vlm.parameters())
     choice = ", ".join(f"{key} {value}" for key, value in profile.choice.items() if key != "method")
     return reporting.ReportData(
         model=reporting.ModelInfo(
@@ -168,7 +153,7 @@ def _assemble(
             print_.n_heads,
             print_.n_kv_heads,
             print_.head_dim,
-            n_parameters,
+            vlm.facts.n_parameters,
         ),
         categories=tuple(tuple(Category(int(c)).name for c in layer) for layer in profile.categories),
         template=reporting.TemplateInfo(
@@ -177,7 +162,7 @@ def _assemble(
         statistics=reporting.statistics_from_summary(profile.summary),
         accuracy=tuple(rows),
         timings=timings,
-        flops=tuple(_flops(vlm, processor, info, profile, n) for n in (1, 2, 3, 4, 6, 8, 10, 12)),
+        flops=tuple(_flops(vlm, processor, profile, n) for n in (1, 2, 3, 4, 6, 8, 10, 12)),
         masks=_masks(vlm, processor, profile),
         examples=tuple(examples),
         provenance=reporting.ReportProvenance(
@@ -194,18 +179,18 @@ def _assemble(
     )
 
 
-def _layout(vlm: nn.Module, processor: Any, n_images: int) -> Layout:
+def _layout(vlm: Backend, processor: Any, n_images: int) -> Layout:
     """The layout of a question about `n_images` images."""
     puzzle = evaluate.make_puzzles(max(n_images, 2), 1, evaluate.EVALUATION_SEEDS)[0]
     puzzle = Puzzle(puzzle.images[:n_images], puzzle.question, puzzle.colors, puzzle.shapes)
-    return evaluate.layouts_of(vlm, evaluate.to_inputs(processor, [puzzle]))[0]
+    return vlm.facts.layouts(evaluate.to_inputs(processor, [puzzle]))[0]
 
 
-def _flops(vlm: nn.Module, processor: Any, info: ModelInfo, profile: Profile, n_images: int) -> reporting.FlopsPoint:
+def _flops(vlm: Backend, processor: Any, profile: Profile, n_images: int) -> reporting.FlopsPoint:
     layout = _layout(vlm, processor, n_images)
     everything = np.full_like(profile.categories, Category.DENSE)
     dense, kept = (
-        count_model_pairs(layout, categories, profile.template, windows=info.windows)
+        count_model_pairs(layout, categories, profile.template, windows=vlm.facts.windows)
         for categories in (everything, profile.categories)
     )
     return reporting.FlopsPoint(
@@ -215,7 +200,7 @@ def _flops(vlm: nn.Module, processor: Any, info: ModelInfo, profile: Profile, n_
     )
 
 
-def _masks(vlm: nn.Module, processor: Any, profile: Profile) -> reporting.MaskExample:
+def _masks(vlm: Backend, processor: Any, profile: Profile) -> reporting.MaskExample:
     """The masks of a question about four images."""
     layout = _layout(vlm, processor, 4)
     segments: list[reporting.Segment] = []

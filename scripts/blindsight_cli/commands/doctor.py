@@ -217,7 +217,7 @@ def check_patch() -> str:
     plain = forward()
     logits = {}
     for impl in ("portable", "reference"):
-        with patch(model, Profile.uniform(Category.INTRA_IMAGE, print_), impl=impl) as handle:
+        with patch(model, Profile.uniform(Category.INTRA_IMAGE, print_), impl=impl, break_even=False) as handle:
             logits[impl] = forward()
             if (forwards := handle.report()["forwards"]) != {"sparse": 1}:
                 raise Failed(f"the patched model did not prefill sparsely: {forwards}", _REINSTALL)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from blindsight_cli.errors import ExitCode, IncompatibleError
-from blindsight_cli.loading import ask, check_family, load_checkpoint, load_image, pick_device
+from blindsight_cli.backends import NO_PROFILE, Answer, Backend, BackendName, Prompt, load_backend
+from blindsight_cli.errors import ExitCode
+from blindsight_cli.loading import ask, check_family, load_image, load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.report import figures
+from blindsight_cli.timing import median_pair
 from shared_profiles import Category, Layout, SinkTemplate, count_model_pairs
 from shared_profiles.lookup import find_profile
 from shared_profiles.profile import Profile
-from torch_blindsight import Handle, fingerprint, patch
-from torch_blindsight.models import inspect_model
 
 COMPARE_REPEATS = 3
 
@@ -57,6 +53,7 @@ def run_question(
     dense: bool,
     compare: bool,
     max_new_tokens: int,
+    backend: BackendName,
     dtype: str,
     device: str | None,
     as_json: bool,
@@ -67,11 +64,11 @@ def run_question(
         checkpoint: a checkpoint folder.
         images: the pictures' files.
         question: the text.
-        profile: the profile to use; default: the one that `patch` finds.
+        profile: the profile to use; default: the one that the library finds.
         dense: answer with the unpatched model.
         compare: answer both ways, and compare.
         max_new_tokens: length limit of the answer.
-        dtype, device: how the model is loaded.
+        backend, dtype, device: how the model is loaded.
         as_json: print a JSON document instead of a table.
 
     Returns:
@@ -84,12 +81,15 @@ def run_question(
     check_family(checkpoint)
     pictures = [load_image(path) for path in images]
     found = None if profile is None else Profile.load(profile)
-    model, processor = load_checkpoint(checkpoint, dtype=dtype, device=pick_device(device))
-    inputs = ask(processor, pictures, question, str(model.device))
+    model = load_backend(backend, checkpoint, dtype=dtype, device=device)
+    processor = load_processor(checkpoint)
+    inputs = ask(processor, pictures, question, model.device)
     session = _Session(model, processor, inputs, max_new_tokens)
     path = profile
-    if found is None and not dense:
-        found, path = find_profile(fingerprint(model), str(checkpoint)) or (None, None)
+    if found is not None:
+        found.require(model.facts.fingerprint)
+    elif not dense:
+        found, path = find_profile(model.facts.fingerprint, str(checkpoint)) or (None, None)
     if compare and found is None:
         raise ValueError(
             f"--compare needs a profile of this model. Found none. Run `blindsight calibrate {checkpoint} DATA`, "
@@ -107,95 +107,52 @@ def run_question(
 
 
 class _Session:
-    """One model and one prompt; every method leaves the model unpatched."""
+    """One model and one prompt."""
 
-    def __init__(self, model: Any, processor: Any, inputs: dict[str, Tensor], max_new_tokens: int) -> None:
+    def __init__(self, model: Backend, processor: Any, inputs: Prompt, max_new_tokens: int) -> None:
         self.model, self.processor, self.inputs = model, processor, inputs
         self.max_new_tokens = max_new_tokens
-        self.info = inspect_model(model)
-        both_ways = self.info.family.bidirectional
-        ids = inputs["input_ids"][0].cpu().numpy()
-        self.layout = Layout.from_ids(ids, self.info.special, bidirectional=both_ways)
+        (self.layout,) = model.facts.layouts(inputs)
 
     def dense(self) -> Run:
-        """The unpatched model's answer."""
-        answer, _ = self._generate()
-        return self._run("dense", "dense", answer, self._prefill(), None)
+        """The dense answer."""
+        return self._run("dense", self._answer(None), self._prefill_seconds(None), None)
 
     def sparse(self, profile: Profile | None) -> Run:
-        """The patched model's answer; with no profile, the prompt runs dense and is measured."""
-        with self._patched(profile) as handle:
-            answer, _ = self._generate()
-            ran = _prefill_kind(handle)
-            if profile is not None:
-                return self._run("sparse", ran, answer, self._prefill(), profile)
-        # Timed unpatched: measuring costs several attentions, and a measured prompt answers like a dense one.
-        return self._run("sparse", ran, answer, self._prefill(), None)
+        """The sparse answer; with no profile, what the backend does without one."""
+        if profile is not None:
+            return self._run("sparse", self._answer(profile), self._prefill_seconds(profile), profile)
+        # Timed dense: measuring costs several attentions, and a measured prompt answers like a dense one.
+        answer = self.model.answer_unprofiled(self.inputs, self.max_new_tokens)
+        return self._run("sparse", answer, self._prefill_seconds(None), None)
 
     def both(self, profile: Profile) -> tuple[list[Run], float]:
         """Dense and sparse, and the KL divergence of the answer's first token; prefills are timed in turns."""
-        dense_answer, dense_log_probs = self._generate()
-        with self._patched(profile) as handle:
-            sparse_answer, sparse_log_probs = self._generate()
-            ran = _prefill_kind(handle)
-            handle.unpatch()
-            dense_seconds, sparse_seconds = [], []
-            for _ in range(COMPARE_REPEATS):
-                dense_seconds.append(self._prefill())
-                handle.install()
-                sparse_seconds.append(self._prefill())
-                handle.unpatch()
-        kl = float((dense_log_probs.exp() * (dense_log_probs - sparse_log_probs)).sum())
-        runs = [
-            self._run("dense", "dense", dense_answer, median(dense_seconds), None),
-            self._run("sparse", ran, sparse_answer, median(sparse_seconds), profile),
-        ]
+        dense, sparse = self._answer(None), self._answer(profile)
+        seconds = median_pair(
+            lambda: self._prefill_seconds(None), lambda: self._prefill_seconds(profile), COMPARE_REPEATS
+        )
+        kl = float((np.exp(dense.log_probs) * (dense.log_probs - sparse.log_probs)).sum())
+        runs = [self._run("dense", dense, seconds[0], None), self._run("sparse", sparse, seconds[1], profile)]
         return runs, max(0.0, kl)
 
-    def _patched(self, profile: Profile | None) -> Handle:
-        try:
-            return patch(self.model, profile)
-        except RuntimeError as error:  # transformers did not take it
-            raise IncompatibleError(str(error)) from error
+    def _answer(self, profile: Profile | None) -> Answer:
+        return self.model.answer(self.inputs, profile, self.max_new_tokens)
 
-    @torch.no_grad()
-    def _generate(self) -> tuple[str, Tensor]:
-        """The greedy answer, and the log-probabilities `[V]` of its first token, float64 on the CPU."""
-        generated = self.model.generate(
-            **self.inputs,
-            max_new_tokens=self.max_new_tokens,
-            # Greedy; what the checkpoint says about sampling would only be warned about.
-            **dict(do_sample=False, temperature=None, top_p=None, top_k=None),
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        new = generated.sequences[:, self.inputs["input_ids"].shape[1] :]
-        answer = self.processor.batch_decode(new, skip_special_tokens=True)[0].strip()
-        return answer, generated.logits[0][0].double().cpu().log_softmax(-1)
+    def _prefill_seconds(self, profile: Profile | None) -> float:
+        return self.model.prefill_seconds(self.inputs, profile)
 
-    @torch.no_grad()
-    def _prefill(self) -> float:
-        """Seconds of one forward over the whole prompt."""
-        begun = time.perf_counter()
-        logits = self.model(**self.inputs, use_cache=True, logits_to_keep=1).logits
-        logits[0, -1].argmax().item()  # waits for the device
-        return time.perf_counter() - begun
-
-    def _run(self, mode: str, ran: str, answer: str, seconds: float, profile: Profile | None) -> Run:
+    def _run(self, mode: str, answer: Answer, seconds: float, profile: Profile | None) -> Run:
         """With its FLOPs: four per query-key pair and element of a head."""
-        everything = np.full((self.info.n_layers, self.info.n_heads), Category.DENSE)
+        text = self.processor.batch_decode([answer.ids], skip_special_tokens=True)[0].strip()
+        shape, windows = self.model.facts.fingerprint, self.model.facts.windows
+        everything = np.full((shape.n_layers, shape.n_heads), Category.DENSE)
         template = SinkTemplate() if profile is None else profile.template
-        dense = count_model_pairs(self.layout, everything, template, windows=self.info.windows).total
+        dense = count_model_pairs(self.layout, everything, template, windows=windows).total
         kept = dense
-        if profile is not None and ran == "sparse":
-            kept = count_model_pairs(self.layout, profile.categories, template, windows=self.info.windows).total
-        return Run(mode, ran, answer, seconds, 4 * self.info.head_dim * kept, kept / dense)
-
-
-def _prefill_kind(handle: Handle) -> str:
-    """How the one prefill of a patched `generate` ran."""
-    forwards = handle.report()["forwards"]
-    return next((kind for kind in forwards if kind != "dense: decode step"), "dense: decode step")
+        if profile is not None and answer.ran == "sparse":
+            kept = count_model_pairs(self.layout, profile.categories, template, windows=windows).total
+        return Run(mode, answer.ran, text, seconds, 4 * shape.head_dim * kept, kept / dense)
 
 
 def _tell(
@@ -254,10 +211,11 @@ def _share(run: Run) -> str:
 
 def _explain(run: Run, checkpoint: Path) -> None:
     """Says so when a run that was to be sparse was not."""
-    if run.ran == "measured":
+    if run.ran == "measured" or run.ran.endswith(NO_PROFILE):
+        and_measured = " and was measured, but one prompt is not enough to choose by, and nothing was kept"
         note(
-            "there is no profile of this model: the prompt ran dense and was measured, but one prompt is not enough to "
-            f"choose by, and nothing was kept. Make a profile: blindsight calibrate {checkpoint} prompts.jsonl",
+            f"{NO_PROFILE}: the prompt ran dense{and_measured if run.ran == 'measured' else ''}. "
+            f"Make a profile: blindsight calibrate {checkpoint} prompts.jsonl",
             style="yellow",
         )
     elif run.mode == "sparse" and run.ran != "sparse":

@@ -183,11 +183,11 @@ class TimingRow(Record):
 
 @dataclass(frozen=True)
 class Machine(Record):
-    """Where the times were taken: processor name, cores in use, version of torch."""
+    """Where the times were taken: processor name, cores in use, name and version of the framework."""
 
     cpu: str
     cores: int
-    torch: str
+    framework: str
 
 
 @dataclass(frozen=True)

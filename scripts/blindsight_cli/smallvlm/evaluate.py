@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from blindsight_cli.loading import load_checkpoint
+from blindsight_cli.backends import Backend, Prompt, load_backend
+from blindsight_cli.loading import load_processor
 from blindsight_cli.report import AccuracyRow, KindAccuracy
 from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle, make_puzzle
 from shared_profiles import Category, Layout, PairCounts, count_model_pairs
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
-from torch_blindsight import fingerprint, patch
-from torch_blindsight.models import inspect_model
 
 # Seeds of puzzles, apart from one another so that nothing is measured on what it was chosen on.
 EVALUATION_SEEDS, CALIBRATION_SEEDS = 1_000_000, 2_000_000
@@ -57,27 +55,21 @@ def to_inputs(processor: Any, puzzles: Sequence[Puzzle]) -> dict[str, Tensor]:
 class Run:
     """Log-probabilities of the next token after each puzzle, `[n, vocabulary]` float32, and the answers they give."""
 
-    log_probs: Tensor
+    log_probs: np.ndarray
     answers: tuple[str, ...]
 
 
-@torch.no_grad()
-def answer(model: nn.Module, processor: Any, batches: Sequence[dict[str, Tensor]]) -> Run:
-    """Asks the model, patched or not, every question of the batches."""
-    log_probs = [
-        model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1].float().log_softmax(-1) for batch in batches
-    ]
-    joined = torch.cat(log_probs)
-    tokens = processor.tokenizer.convert_ids_to_tokens(joined.argmax(-1).tolist())
-    return Run(joined, tuple(tokens))
+def answer(model: Backend, processor: Any, batches: Sequence[Prompt], profile: Profile | None) -> Run:
+    """Asks every question of the batches; without a profile dense.
 
-
-def layouts_of(model: nn.Module, batch: dict[str, Tensor]) -> list[Layout]:
-    """The layout of every row of a batch."""
-    info = inspect_model(model)
-    rows = zip(batch["input_ids"].numpy(), batch["attention_mask"].numpy(), strict=True)
-    both_ways = info.family.bidirectional
-    return [Layout.from_ids(ids, info.special, valid=mask, bidirectional=both_ways) for ids, mask in rows]
+    Raises:
+        RuntimeError: a forward that should have run sparse did not.
+    """
+    log_probs, ran = zip(*(model.next_token(batch, profile) for batch in batches), strict=True)
+    if profile is not None and profile.categories.any() and set(ran) != {"sparse"}:
+        raise RuntimeError(f"all {len(batches)} forwards must have run sparse. Got {sorted(set(ran))}.")
+    joined = np.concatenate(log_probs)
+    return Run(joined, tuple(processor.tokenizer.convert_ids_to_tokens(joined.argmax(-1).tolist())))
 
 
 def kept_share(layouts: Sequence[Layout], profile: Profile, windows: Sequence[int | None]) -> float:
@@ -91,12 +83,12 @@ def kept_share(layouts: Sequence[Layout], profile: Profile, windows: Sequence[in
 
 
 def compare(
-    model: nn.Module, processor: Any, profile: Profile, puzzles: Sequence[Puzzle], *, batch_size: int = 32
+    model: Backend, processor: Any, profile: Profile, puzzles: Sequence[Puzzle], *, batch_size: int = 32
 ) -> tuple[AccuracyRow, Run, Run]:
     """Asks every question dense and sparse.
 
     Args:
-        model: the unpatched model.
+        model: the model.
         processor: its processor.
         profile: the profile to judge.
         puzzles: the questions, all with the same number of images.
@@ -115,17 +107,12 @@ def compare(
             f"puzzles must all have the same number of images, and there must be some. Got {sorted(counts)}."
         )
     batches = [to_inputs(processor, puzzles[i : i + batch_size]) for i in range(0, len(puzzles), batch_size)]
-    dense = answer(model, processor, batches)
-    with patch(model, profile) as handle:
-        sparse = answer(model, processor, batches)
-        forwards = handle.report()["forwards"]
-    if profile.categories.any() and forwards != {"sparse": len(batches)}:
-        raise RuntimeError(f"all {len(batches)} forwards must have run sparse. Got {forwards}.")
+    dense, sparse = (answer(model, processor, batches, way) for way in (None, profile))
     expected = [puzzle.question.answer for puzzle in puzzles]
     right = np.array([[a == e for a, e in zip(run.answers, expected, strict=True)] for run in (dense, sparse)])
     kinds = np.array([puzzle.question.kind for puzzle in puzzles])
-    kl = (dense.log_probs.exp() * (dense.log_probs - sparse.log_probs)).sum(-1).mean()
-    layouts = [layout for batch in batches for layout in layouts_of(model, batch)]
+    kl = (np.exp(dense.log_probs) * (dense.log_probs - sparse.log_probs)).sum(-1).mean()
+    layouts = [layout for batch in batches for layout in model.facts.layouts(batch)]
     row = AccuracyRow(
         n_images=counts.pop(),
         n_questions=len(puzzles),
@@ -133,7 +120,7 @@ def compare(
         sparse=float(right[1].mean()),
         agreement=float(np.mean([a == b for a, b in zip(dense.answers, sparse.answers, strict=True)])),
         kl=max(0.0, float(kl)),
-        kept_flops=kept_share(layouts, profile, inspect_model(model).windows),
+        kept_flops=kept_share(layouts, profile, model.facts.windows),
         by_kind=tuple(
             KindAccuracy(kind, int((kinds == kind).sum()), *(float(r[kinds == kind].mean()) for r in right))
             for kind in KINDS
@@ -151,10 +138,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--profile", type=Path, help="default: the one beside the checkpoint, else all heads Dense")
     args = parser.parse_args()
-    model, processor = load_checkpoint(args.checkpoint)
+    model, processor = load_backend("torch", args.checkpoint, device="cpu"), load_processor(args.checkpoint)
     path = args.profile or args.checkpoint / FILE_NAME
     found = path.exists() or args.profile is not None
-    profile = Profile.load(path) if found else Profile.uniform(Category.DENSE, fingerprint(model))
+    profile = Profile.load(path) if found else Profile.uniform(Category.DENSE, model.facts.fingerprint)
     for n_images in args.images:
         row, _, _ = compare(model, processor, profile, make_puzzles(n_images, args.questions, EVALUATION_SEEDS))
         print(

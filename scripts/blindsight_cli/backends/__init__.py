@@ -1,0 +1,130 @@
+"""The frameworks that can run a checkpoint, and all that the commands ask of one.
+
+run, demo, calibrate ──► Backend ──┬─► torch_backend ──► torch_blindsight
+                                   └─► jax_backend ────► jax_blindsight
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from shared_profiles import Family, Layout, SinkTemplate, SpecialTokens
+from shared_profiles.classifier import Thresholds
+from shared_profiles.profile import Fingerprint, Profile
+
+BackendName = Literal["torch", "jax"]
+NO_PROFILE = "there is no profile of this model"
+Prompt = Mapping[str, Tensor]  # what the checkpoint's processor returns, whatever runs it
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the commands need to know of a loaded checkpoint.
+
+    Attributes:
+        special: its token ids of delimiters and placeholders.
+        windows: the sliding window of each layer, None where it has none.
+        n_parameters: numbers in its weights.
+    """
+
+    family: Family
+    special: SpecialTokens
+    fingerprint: Fingerprint
+    windows: tuple[int | None, ...]
+    n_parameters: int
+
+    def layouts(self, prompt: Prompt) -> list[Layout]:
+        """The layout of every row of a batch without videos."""
+        rows = zip(prompt["input_ids"].cpu().numpy(), prompt["attention_mask"].cpu().numpy(), strict=True)
+        both_ways = self.family.bidirectional
+        return [Layout.from_ids(ids, self.special, valid=mask, bidirectional=both_ways) for ids, mask in rows]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer.
+
+    Attributes:
+        ids: the new tokens.
+        log_probs: of its first token, `[V]` float64.
+        ran: what the prefill really was: "sparse", "measured", or "dense" and why.
+    """
+
+    ids: list[int]
+    log_probs: np.ndarray
+    ran: str
+
+
+class Backend(Protocol):
+    """A checkpoint loaded in one framework. Where a profile is asked for, None runs dense.
+
+    Attributes:
+        version: the framework's name and version.
+        device: where the tensors of prompts must be.
+        facts: what was loaded.
+    """
+
+    version: str
+    device: str
+    facts: Facts
+
+    def calibrate(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        dataset: str,
+        template: SinkTemplate,
+        thresholds: Thresholds,
+        state: Path | None = None,
+    ) -> Profile:
+        """The checkpoint's profile, as the framework's `calibrate` makes it."""
+        ...
+
+    def answer(self, prompt: Prompt, profile: Profile | None, max_new_tokens: int) -> Answer:
+        """The greedy answer to one prompt."""
+        ...
+
+    def answer_unprofiled(self, prompt: Prompt, max_new_tokens: int) -> Answer:
+        """What the framework does for a user who has no profile and does not say dense."""
+        ...
+
+    def next_token(self, prompt: Prompt, profile: Profile | None) -> tuple[np.ndarray, str]:
+        """Log-probabilities `[B, V]` float32 of each row's next token, and what the prefill really was."""
+        ...
+
+    def prefill_seconds(self, prompt: Prompt, profile: Profile | None) -> float:
+        """Seconds of one warm prefill."""
+        ...
+
+    def attention_seconds(self, layout: Layout, profile: Profile | None) -> float:
+        """Seconds of the attention of all layers, on random queries and keys."""
+        ...
+
+
+def load_backend(name: BackendName, folder: Path, *, dtype: str = "auto", device: str | None = None) -> Backend:
+    """Loads a checkpoint folder.
+
+    Args:
+        name: the framework.
+        folder: what `save_pretrained` wrote, or a downloaded snapshot.
+        dtype: of the weights; "auto" takes the checkpoint's own.
+        device: where they go. Default: a GPU if there is one.
+
+    Raises:
+        IncompatibleError: the family is not supported.
+        ValueError: not a whole checkpoint folder, or there is no such device.
+        OSError: a file cannot be read.
+    """
+    if name == "torch":
+        from blindsight_cli.backends.torch_backend import TorchBackend
+
+        return TorchBackend(folder, dtype, device)
+    from blindsight_cli.backends.jax_backend import JaxBackend
+
+    return JaxBackend(folder, dtype, device)

@@ -1,0 +1,84 @@
+"""The JAX backend for `blindsight bench`: one layer's attention and whole prefills, against dense and against torch."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from transformers.utils import logging as transformers_logging
+
+from blindsight_cli.random_model import make_random_model, make_random_prompt
+from blindsight_cli.timing import time_pair
+from jax_blindsight import Params, load, sparse_prefill
+from jax_blindsight.attention import attend
+from jax_blindsight.work import attention_work
+from shared_profiles import Category, Layout, SinkTemplate
+from shared_profiles.profile import Profile
+from torch_blindsight import fingerprint, patch, portable_attention
+
+Row = dict[str, Any]
+
+
+def bench_attention(repeats: int, layout: Layout) -> list[Row]:
+    """One layer of 8 heads of 64 in float32, every head Intra-Image+Sink; as many kv heads, and half as many."""
+    template, heads, dim = SinkTemplate(), 8, 64
+    n, scale = layout.n_tokens, 64**-0.5
+    work = attention_work([layout], template, n_queries=n, n_keys=n)
+
+    def run(category: Category, arrays: list[Any]) -> object:
+        return jax.block_until_ready(compiled[category](*arrays, work))
+
+    compiled = {
+        category: jax.jit(
+            partial(attend, categories=(category,) * heads, window=None, scale=scale, bidirectional=False)
+        )
+        for category in (Category.DENSE, Category.INTRA_IMAGE_SINK)
+    }
+    rows = []
+    for kv_heads in (heads, heads // 2):
+        q, k, v = (torch.randn(1, h, n, dim) for h in (heads, kv_heads, kv_heads))
+        arrays = [jnp.asarray(x.numpy()) for x in (q, k, v)]
+        sinks = [Category.INTRA_IMAGE_SINK] * heads
+        in_torch = partial(portable_attention, q, k, v, [layout], sinks, template, scale=scale)
+        in_jax = partial(run, Category.INTRA_IMAGE_SINK, arrays)
+        case = f"attention in JAX, {layout.n_images} images, {n} tokens, {heads} heads, {kv_heads} kv heads, d={dim}"
+        rows.append(_row(case, "all heads Dense in JAX", partial(run, Category.DENSE, arrays), in_jax, repeats))
+        rows.append(_row(case, "the same in torch", in_torch, in_jax, repeats))
+    return rows
+
+
+def bench_prefill(repeats: int) -> list[Row]:
+    """A random Qwen2.5-VL, hidden 512, 8 layers, 16K tokens in 16 images, every head Intra-Image+Sink."""
+    model: Any = make_random_model()
+    profile = Profile.uniform(Category.INTRA_IMAGE_SINK, fingerprint(model))
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        params = load(folder, profile=profile)
+    patch(model, profile)
+    inputs = make_random_prompt(16, 64, text=64)
+    arrays = {name: x.numpy() for name, x in inputs.items()}
+
+    def in_jax(params: Params, dense: bool) -> object:
+        return jax.block_until_ready(sparse_prefill(params, arrays, dense=dense).logits)
+
+    @torch.no_grad()
+    def in_torch() -> object:
+        return model(**inputs, use_cache=True, logits_to_keep=1)
+
+    sparse = partial(in_jax, params, False)
+    case = f"prefill in JAX, {inputs['input_ids'].shape[1]} tokens, 16 images, hidden 512, 8 layers, float32"
+    return [
+        _row(case, "all heads Dense in JAX", partial(in_jax, params, True), sparse, repeats),
+        _row(case, "the same in torch", in_torch, sparse, repeats),
+    ]
+
+
+def _row(case: str, denominator: str, other: Any, in_jax: Any, repeats: int) -> Row:
+    """Both sides timed in turns; a ratio above 1 says that ours in JAX is faster."""
+    other_s, jax_s = time_pair(other, in_jax, repeats)
+    return dict(case=case, denominator=denominator, denominator_s=other_s, jax_s=jax_s, ratio=other_s / jax_s)

@@ -1,0 +1,35 @@
+"""Checkpoint folders, as far as they can be looked at without a framework."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from blindsight_cli.errors import IncompatibleError
+from shared_profiles import family_of
+
+AGAIN = "Download or save the checkpoint again."
+
+
+def check_family(folder: Path) -> None:
+    """Reads a checkpoint's `config.json` before any weights are.
+
+    Raises:
+        IncompatibleError: the family is not supported.
+        ValueError: the folder holds no checkpoint.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        found = "there is no config.json in it" if folder.is_dir() else "there is no such folder"
+        raise ValueError(
+            f"CHECKPOINT must be a folder, as save_pretrained writes it. Got {folder}: {found}. A checkpoint on a hub "
+            f"must be downloaded first: hf download {folder} --local-dir FOLDER"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON. Got: {error}. {AGAIN}") from error
+    try:
+        family_of(config if isinstance(config, dict) else {})
+    except ValueError as error:
+        raise IncompatibleError(f"{folder}: {error}") from error
