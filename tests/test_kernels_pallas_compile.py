@@ -1,0 +1,115 @@
+"""The Pallas kernel lowered for CUDA without a GPU, the table of what it uses, and, with the plug-in, compiled anew."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jax", reason="the Pallas kernel needs jax, which is not installed")
+
+import jax
+
+from blindsight_kernels.pallas_compile import PLUG_IN, TABLE, Resources, lower, name_of, read_table
+from blindsight_kernels.pallas_configurations import HEAD_DIMS, SHARED_MEMORY, Configuration, configuration
+from blindsight_kernels.pallas_prefill import DTYPES, pallas_attention
+from blindsight_kernels.pallas_work import build_pallas_work, build_plans
+from shared_profiles import Layout, SinkTemplate
+
+KERNELS = [(dim, dtype) for dtype in DTYPES for dim in HEAD_DIMS]
+NAMES = [name_of(*kernel).replace(" ", "-") for kernel in KERNELS]
+
+
+@pytest.mark.parametrize(("dim", "dtype"), KERNELS, ids=NAMES)
+def test_lowers_for_cuda_as_one_kernel(dim, dtype):
+    text = lower(dim, dtype)
+    assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def test_one_program_serves_the_prompts_profiles_and_windows_of_a_bucket():
+    traced = []
+
+    @jax.jit
+    def attend(q, k, v, work, categories):
+        traced.append(1)
+        return pallas_attention(q, k, v, work, categories, scale=0.125)
+
+    q = jax.ShapeDtypeStruct((1, 4, 1024, 64), "bfloat16")
+    k = jax.ShapeDtypeStruct((1, 2, 1024, 64), "bfloat16")
+    for n, n_images, window, categories in ((1000, 3, None, [0, 1, 2, 3]), (950, 5, 100, [3, 3, 3, 3])):
+        begin, length = 10 + np.arange(n_images) * (900 // n_images), 600 // n_images
+        layout = Layout(n, 0, n, np.stack([begin, begin + 1, begin + length - 1, begin + length], axis=1))
+        plans = build_plans([layout], SinkTemplate(), window=window, q_start=n_images)
+        work = build_pallas_work(plans, 128, n_queries=1024, n_keys=1024)
+        attend.trace(q, k, k, work, np.array(categories))
+    assert len(traced) == 1
+
+
+def test_tiles_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"smem_bytes=\d+ > max_smem_bytes=232448|227 KB"):
+        lower(128, "bfloat16", Configuration(256, 2))
+
+
+@pytest.mark.parametrize(("dim", "dtype"), KERNELS, ids=NAMES)
+def test_the_table_has_no_spills_and_fits_an_h200(dim, dtype):
+    uses = read_table()[name_of(dim, dtype)]
+    assert uses.spill_stores == uses.spill_loads == uses.stack == 0
+    assert configuration(dim).shared_memory(dim) < uses.shared <= SHARED_MEMORY
+    assert uses.registers * 384 <= 65536
+    assert uses.tensor_cores > 0
+    assert uses.bulk_copies > 0
+
+
+def test_the_table_has_every_tuned_configuration():
+    rows = json.loads(TABLE.read_text(encoding="utf-8"))["kernels"]
+    tuned = {name_of(dim, dtype): vars(configuration(dim)) for dim, dtype in KERNELS}
+    assert {name: row["tiles"] for name, row in rows.items()} == tuned
+
+
+def test_worse_is_named():
+    good = Resources(168, stack=0, spill_stores=0, spill_loads=0, shared=1000, tensor_cores=8, bulk_copies=4)
+    assert good.worse_than(good) == []
+    bad = Resources(168, stack=8, spill_stores=8, spill_loads=0, shared=900, tensor_cores=9, bulk_copies=3)
+    assert bad.worse_than(good) == ["stack 8 > 0", "spill_stores 8 > 0"]
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", f"from blindsight_kernels.pallas_compile import *\n{code}"],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec(PLUG_IN) is not None, reason="jax's CUDA plug-in is installed")
+def test_a_missing_plug_in_is_named():
+    done = run("compile_kernel(128, 'bfloat16')")
+    assert "compiling for a GPU needs jax's CUDA plug-in. It is not installed: pip install" in done.stderr
+
+
+needs_plug_in = pytest.mark.skipif(
+    importlib.util.find_spec(PLUG_IN) is None, reason="compiles with jax's CUDA plug-in, which is not installed"
+)
+
+
+@needs_plug_in
+@pytest.mark.parametrize(("dim", "dtype"), KERNELS, ids=NAMES)
+def test_compiles_no_worse_than_the_table(dim, dtype):
+    done = run(f"print(json.dumps(asdict(compile_kernel({dim}, {dtype!r}))))")
+    assert done.returncode == 0, done.stderr[-2000:]
+    worse = Resources(**json.loads(done.stdout.splitlines()[-1])).worse_than(read_table()[name_of(dim, dtype)])
+    assert not worse, f"uses {worse}: undo it, or rewrite the table with python -m blindsight_kernels.pallas_compile"
+
+
+@needs_plug_in
+def test_eight_gpus_need_no_all_gather():
+    done = run("text = compile_sharded(); print('mosaic_gpu' in text, 'all-gather' in text)")
+    assert done.stdout.splitlines()[-1] == "True False"
