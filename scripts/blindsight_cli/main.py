@@ -215,7 +215,9 @@ def convert(
 @guarded
 def bench(
     what: Annotated[
-        Literal["attention", "prefill", "plan", "memory", "jax-convert", "jax-attention", "jax-prefill", "all"],
+        Literal[
+            "attention", "prefill", "plan", "memory", "jax-convert", "jax-attention", "jax-prefill", "jax-decode", "all"
+        ],
         typer.Argument(help="What to measure."),
     ] = "all",
     out: Annotated[Path | None, typer.Option(help="Also write the results here, as JSON.")] = None,

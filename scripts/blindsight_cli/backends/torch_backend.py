@@ -18,7 +18,8 @@ from blindsight_cli.loading import load_model, pick_device
 from shared_profiles import Layout, SinkTemplate
 from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Profile
-from torch_blindsight import Handle, calibrate, fingerprint, patch, portable_attention
+from torch_blindsight import Handle, calibrate, fingerprint, patch
+from torch_blindsight.implementations import implementation
 from torch_blindsight.models import inspect_model
 
 
@@ -74,19 +75,22 @@ class TorchBackend:
             return self._seconds(prompt)
 
     def attention_seconds(self, layout: Layout, profile: Profile | None) -> float:
-        """See `Backend`; without a profile torch's own causal attention."""
-        shape = self.facts.fingerprint
+        """See `Backend`; without a profile torch's own causal attention, else what `patch` would choose."""
+        shape, device, dtype = self.facts.fingerprint, self.model.device, self.model.dtype
         heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
-        q, k, v = (torch.randn(1, h, layout.n_tokens, shape.head_dim) for h in heads)
+        q, k, v = (torch.randn(1, h, layout.n_tokens, shape.head_dim, device=device, dtype=dtype) for h in heads)
         scale = shape.head_dim**-0.5
+        attend = implementation(None, self.model, inspect_model(self.model)).attend
+        q.sum().item()  # waits for the device
         begun = time.perf_counter()
         if profile is None:
             for _ in range(shape.n_layers):
                 k_all, v_all = (x.repeat_interleave(shape.n_heads // shape.n_kv_heads, dim=1) for x in (k, v))
-                scaled_dot_product_attention(q, k_all, v_all, is_causal=True, scale=scale)
+                out = scaled_dot_product_attention(q, k_all, v_all, is_causal=True, scale=scale)
         else:
             for categories in profile.categories:
-                portable_attention(q, k, v, [layout], categories, profile.template, scale=scale)
+                out, _ = attend(q, k, v, [layout], categories, profile.template, scale=scale)
+        out[0, 0, 0, 0].item()
         return time.perf_counter() - begun
 
     @contextmanager

@@ -165,6 +165,13 @@ def bench_jax_prefill(repeats: int) -> list[Row]:
     return bench_jax.bench_prefill(repeats)
 
 
+def bench_jax_decode(repeats: int) -> list[Row]:
+    """Decode steps in JAX, see `bench_jax`."""
+    from blindsight_cli.commands import bench_jax
+
+    return bench_jax.bench_decode(repeats)
+
+
 BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "attention": bench_attention,
     "prefill": bench_prefill,
@@ -173,6 +180,7 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "jax-convert": bench_jax_convert,
     "jax-attention": bench_jax_attention,
     "jax-prefill": bench_jax_prefill,
+    "jax-decode": bench_jax_decode,
 }
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from functools import partial
+from statistics import median
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
 from blindsight_cli.random_model import make_random_model, make_random_prompt
 from blindsight_cli.timing import time_pair
-from jax_blindsight import Params, load, sparse_prefill
+from jax_blindsight import Params, decode_step, load, sparse_prefill
 from jax_blindsight.attention import attend
 from jax_blindsight.work import attention_work
 from shared_profiles import Category, Layout, SinkTemplate
@@ -55,10 +58,7 @@ def bench_prefill(repeats: int) -> list[Row]:
     """A random Qwen2.5-VL, hidden 512, 8 layers, 16K tokens in 16 images, every head Intra-Image+Sink."""
     model: Any = make_random_model()
     profile = Profile.uniform(Category.INTRA_IMAGE_SINK, fingerprint(model))
-    transformers_logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        params = load(folder, profile=profile)
+    params = _load(model, profile)
     patch(model, profile)
     inputs = make_random_prompt(16, 64, text=64)
     arrays = {name: x.numpy() for name, x in inputs.items()}
@@ -76,6 +76,31 @@ def bench_prefill(repeats: int) -> list[Row]:
         _row(case, "all heads Dense in JAX", partial(in_jax, params, True), sparse, repeats),
         _row(case, "the same in torch", in_torch, sparse, repeats),
     ]
+
+
+def bench_decode(repeats: int) -> list[Row]:
+    """What a decode step costs the host: a model of 28 narrow layers, whose arithmetic is next to nothing."""
+    params = _load(make_random_model(hidden=128, layers=28, heads=4, kv_heads=2), None)
+    ids = np.arange(10, 74)[None]
+    steps = []
+    for _ in range(repeats + 1):
+        done = sparse_prefill(params, {"input_ids": ids}, capacity=1024, dense=True)
+        token, cache = jnp.zeros(1, jnp.int32), done.cache
+        for _ in range(64):
+            jax.block_until_ready(cache.keys)  # the host's part alone: nothing is in flight when it begins
+            begun = time.perf_counter(), time.thread_time()
+            _, cache = decode_step(params, token, cache)
+            steps.append((time.perf_counter() - begun[0], time.thread_time() - begun[1]))
+    wall, host = (1e3 * median(x) for x in zip(*steps[64:], strict=True))
+    return [dict(case="decode step, 28 layers, until it returns", wall_ms=wall, host_cpu_ms=host)]
+
+
+def _load(model: Any, profile: Profile | None) -> Params:
+    """A transformers model as `load` gives it."""
+    transformers_logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load(folder, profile=profile)
 
 
 def _row(case: str, denominator: str, other: Any, in_jax: Any, repeats: int) -> Row:
