@@ -85,6 +85,7 @@ def write(folder: Path, weights: Weights, fingerprint: Fingerprint, files: Mappi
             "schema": SCHEMA,
             "dtype": dtype.name,
             "fingerprint": asdict(fingerprint),
+            "shapes": _shapes(weights),
             "sizes": _sizes(temporary / WEIGHTS),
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -103,6 +104,11 @@ def _checkpointer(weights: Weights) -> ocp.StandardCheckpointer:
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file in a folder, by path."""
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def _shapes(weights: Weights) -> dict[str, list[int]]:
+    """Shapes of all leaves, by path."""
+    return {jax.tree_util.keystr(path): list(leaf.shape) for path, leaf in jax.tree.leaves_with_path(weights)}
 
 
 class SavedModel:
@@ -125,10 +131,11 @@ class SavedModel:
                 raise ValueError(f"schema {manifest['schema']!r}")
             self.dtype = {dtype.name: dtype for dtype in DTYPES.values()}[manifest["dtype"]]
             self.fingerprint = Fingerprint(**manifest["fingerprint"])
-            sizes = dict(manifest["sizes"])
+            self._shapes, sizes = dict(manifest["shapes"]), dict(manifest["sizes"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} must be a manifest of {SCHEMA}. Got {error!r}. {_AGAIN}") from error
-        # Looked at first: orbax reads all at once, and answers a damaged file with a page of tracebacks.
+        # Looked at first, as shapes are in `read`: orbax reads all at once, answers what does not fit with a page of
+        # tracebacks, and leaves tasks behind.
         found = _sizes(self._weights)
         if wrong := sorted(name for name in sizes.keys() | found.keys() if sizes.get(name) != found.get(name)):
             raise ValueError(
@@ -145,6 +152,13 @@ class SavedModel:
         Raises:
             ValueError: they are damaged, or not those of the target.
         """
+        wanted = _shapes(target)
+        wrong = sorted(x for x in wanted.keys() | self._shapes.keys() if wanted.get(x) != self._shapes.get(x))
+        if wrong:
+            raise ValueError(
+                f"{self._weights} must hold the weights of the model in {CONFIG}. Of another shape, missing or not of "
+                f"that model: {', '.join(wrong)[:400]}. {_AGAIN}"
+            )
         try:
             with _checkpointer(target) as checkpointer:
                 return checkpointer.restore(self._weights, target)

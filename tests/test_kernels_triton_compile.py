@@ -30,14 +30,7 @@ SHARED_MEMORY = {
 }  # bytes a program may use; 80 stands for 8.6 and 8.9 too
 
 
-def in_test(gpu: int, dim: int, dtype: str, merge: bool) -> bool:
-    """Not all of the table is compiled here, or this took minutes: fp16 is bf16 but for a type, fp32 is for checks."""
-    if dtype == "bf16":
-        return not merge or dim == 128
-    return gpu == 90 and (dim == 128 if dtype == "fp16" else not merge)
-
-
-KERNELS = [kernel for kernel in kernels() if in_test(*kernel)]
+KERNELS = list(kernels())
 
 
 @pytest.mark.parametrize(
