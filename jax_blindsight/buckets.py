@@ -22,3 +22,8 @@ def bucket(n: int, *, minimum: int = 128) -> int:
         return minimum
     step = max(1, (1 << (n.bit_length() - 1)) // 8)
     return -(-n // step) * step
+
+
+def power_of_two(n: int, minimum: int = 1) -> int:
+    """The smallest power of two that is at least n and `minimum`."""
+    return 1 << (max(n, minimum) - 1).bit_length()

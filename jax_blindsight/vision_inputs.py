@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_blindsight.buckets import bucket
+from jax_blindsight.buckets import bucket, power_of_two
 from jax_blindsight.config import ModelConfig, QwenVisionConfig, SiglipVisionConfig
 from shared_profiles.layout import concatenated_ranges
 
@@ -113,7 +113,7 @@ def _prepare_siglip(config: ModelConfig, vision: SiglipVisionConfig, inputs: Map
         raise ValueError(f"pixel_values must have shape (n, {', '.join(map(str, shape))}), n > 0. Got {pixels.shape}.")
     tokens = (vision.patches_per_side // vision.merge) ** 2
     order = _placeholder_order(config, inputs["input_ids"], len(pixels) * tokens, 0)
-    n_padded = _power_of_two(max(len(pixels), MIN_IMAGES))  # only the real ones are computed
+    n_padded = power_of_two(max(len(pixels), MIN_IMAGES))  # only the real ones are computed
     n_images = np.array(len(pixels), dtype=np.int32)
     return VisionInputs(_pad(pixels, n_padded), None, None, None, n_images, _pad(order, n_padded * tokens))
 
@@ -222,17 +222,12 @@ def _group(starts: np.ndarray, lengths: np.ndarray, n_padded: int, width: int) -
     block = np.repeat(np.arange(len(start)), np.minimum(length - offset, rows))
     slots = block * rows + patches - query_start[block]
 
-    n = _power_of_two(max(len(start), MIN_BLOCKS))
-    step = min(n, _power_of_two(max(SCORES_PER_STEP // (rows * width), 1)))
+    n = power_of_two(max(len(start), MIN_BLOCKS))
+    step = min(n, power_of_two(max(SCORES_PER_STEP // (rows * width), 1)))
     columns = (query_start, key_start, start - key_start, start - key_start + length)
     n_steps = np.array(-(-len(start) // step), dtype=np.int32)
     query_start, key_start, key_first, key_last = (_pad(x.astype(np.int32), n) for x in columns)
     return BlockGroup(n_steps, query_start, key_start, key_first, key_last, rows, width, step), slots
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
 
 
 def _patches(

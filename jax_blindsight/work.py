@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import jax
 import numpy as np
 
+from jax_blindsight.buckets import power_of_two
 from shared_profiles import Category, Layout, SinkTemplate, image_tiles, packed_positions
 from shared_profiles.layout import concatenated_ranges
 
@@ -97,10 +98,10 @@ def attention_work(
         _Sequence(layout, template, window, q_start, all_dense)
         for layout, all_dense in zip(layouts, dense, strict=True)
     ]
-    n_images = _power_of_two(max(layout.n_images for layout in layouts), _IMAGES)
+    n_images = power_of_two(max(layout.n_images for layout in layouts), _IMAGES)
     # Every image and every run of text may end in a short tile.
     n_tiles = -(-n_queries // _tile_rows(Category.SINK, template)) + 2 * n_images + 1
-    n_packed = _power_of_two(max(len(p) for s in sequences for p in s.packed), _PACKED)
+    n_packed = power_of_two(max(len(p) for s in sequences for p in s.packed), _PACKED)
 
     def stack(rows: list[list[np.ndarray]], n: int, fill: int = 0) -> np.ndarray:
         return np.stack([np.stack([_pad(x, n, fill) for x in row]) for row in rows])
@@ -203,11 +204,6 @@ def _pad(x: np.ndarray, n: int, fill: int) -> np.ndarray:
     out = np.full((n, *x.shape[1:]), fill, dtype=np.int32)
     out[: len(x)] = x
     return out
-
-
-def _power_of_two(n: int, least: int) -> int:
-    """The smallest power of two that is at least n and `least`."""
-    return 1 << (max(n, least) - 1).bit_length()
 
 
 def _check(

@@ -153,6 +153,20 @@ class Plan:
         return self.packed_text if category is Category.INTRA_IMAGE else self.packed_sinks
 
     @property
+    def gathered(self) -> np.ndarray:
+        """Which tiles are gathered: `[n_tiles]` bool."""
+        return np.arange(len(self.row_start)) >= self.n_image_tiles
+
+    def row_bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions of every tile's first and last row: `[n_tiles]` int64 each."""
+        first, last = self.row_start.astype(np.int64), self.row_start + self.n_rows - 1
+        gathered = self.gathered
+        if gathered.any():
+            first[gathered] = self.gathered_rows[first[gathered]]
+            last[gathered] = self.gathered_rows[last[gathered]]
+        return first, last
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))

@@ -165,11 +165,8 @@ def _tiles_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tiles of one batch row, `[4, n_tiles, 13]`, and those to merge, `[n_merges, 5]`."""
     n = len(plan.row_start)
-    gathered = np.arange(n) >= plan.n_image_tiles
-    first, last = plan.row_start.astype(np.int64), plan.row_start + plan.n_rows - 1
-    if gathered.any():
-        first[gathered] = plan.gathered_rows[first[gathered]]
-        last[gathered] = plan.gathered_rows[last[gathered]]
+    gathered = plan.gathered
+    first, last = plan.row_bounds()
     both_ways = ~gathered & plan.layout.bidirectional
     oldest = last - (NO_WINDOW if plan.window is None else plan.window) + 1  # that every row of a tile may see
     in_parts = plan.n_parts > 1
