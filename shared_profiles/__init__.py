@@ -1,6 +1,6 @@
 """What both frameworks share: prompt layouts, head categories, plans and calibrated profiles. Needs numpy only."""
 
-from shared_profiles.accounting import PairCounts, count_model_pairs, count_pairs
+from shared_profiles.accounting import PairCounts, count_layer_pairs, count_model_pairs, count_pairs
 from shared_profiles.categories import SPARSE, Category
 from shared_profiles.families import FAMILIES, Family, SpecialTokens, family_of
 from shared_profiles.layout import Layout
@@ -21,6 +21,7 @@ __all__ = [
     "Tiles",
     "build_plan",
     "category_mask",
+    "count_layer_pairs",
     "count_model_pairs",
     "count_pairs",
     "family_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from shared_profiles import _profile_json as form
 from shared_profiles.categories import SPARSE, Category
 from shared_profiles.profile_parts import CurvePoint, Fingerprint, Provenance
-from shared_profiles.summary import Summary
+from shared_profiles.summary import MEASURED_RANKINGS, Summary
 from shared_profiles.template import SinkTemplate
 
 if TYPE_CHECKING:
@@ -31,17 +32,19 @@ def encode(profile: Profile) -> dict[str, Any]:
         "choice": profile.choice,
         "provenance": None if profile.provenance is None else asdict(profile.provenance),
         "statistics": None if profile.summary is None else _statistics(profile.summary),
-        "curve": [asdict(point) for point in profile.curve],
+        "curve": [{**asdict(point), "heads": point.heads and list(point.heads)} for point in profile.curve],
     }
 
 
 def _statistics(summary: Summary) -> dict[str, Any]:
-    tables = {
-        name: {category.name: values.tolist() for category, values in getattr(summary, name).items()}
-        for name in ("mass", "mass_mean", "error", "error_mean")
-    }
+
+    def by_name(table: Mapping[Category, np.ndarray]) -> dict[str, Any]:
+        return {category.name: values.tolist() for category, values in table.items()}
+
+    tables = {name: by_name(getattr(summary, name)) for name in ("mass", "mass_mean", "error", "error_mean", "pairs")}
+    harm = {name: by_name(table) for name, table in summary.harm.items()}
     kept = {category.name: value for category, value in summary.kept.items()}
-    return {"n_prompts": summary.n_prompts, "levels": list(summary.levels), "kept": kept, **tables}
+    return {"n_prompts": summary.n_prompts, "levels": list(summary.levels), "kept": kept, "harm": harm, **tables}
 
 
 def _categories(value: Any, where: str) -> np.ndarray:
@@ -57,9 +60,16 @@ def _category(value: Any, where: str) -> Category:
     return Category[value]
 
 
-def _per_category(decode: form.Decoder) -> form.Decoder:
-    decoders = {category.name: decode for category in SPARSE}
+def _per_category(decode: form.Decoder, categories: Sequence[Category] = SPARSE) -> form.Decoder:
+    decoders = {category.name: decode for category in categories}
     return lambda value, where: {Category[k]: v for k, v in form.record(value, where, decoders).items()}
+
+
+def _harm(value: Any, where: str) -> dict[str, Any]:
+    """An object with any of the rankings as keys."""
+    decoders = {name: _per_category(form.array(2)) for name in MEASURED_RANKINGS}
+    there = decoders.keys() & value.keys() if isinstance(value, dict) else set()
+    return form.record(value, where, {name: decoders[name] for name in decoders if name in there})
 
 
 def _versions(value: Any, where: str) -> dict[str, str]:
@@ -114,11 +124,23 @@ _PARTS: dict[str, form.Decoder] = {
                 "error": _per_category(form.array(3)),
                 "error_mean": _per_category(form.array(2)),
                 "kept": _per_category(form.number),
+                "pairs": _per_category(form.array(1), tuple(Category)),
+                "harm": _harm,
             },
         )
     ),
     "curve": form.sequence(
-        form.build(CurvePoint, {"kept": form.number, "kl": form.number, "accuracy": form.optional(form.number)})
+        form.build(
+            CurvePoint,
+            {
+                "kept": form.number,
+                "kl": form.number,
+                "accuracy": form.optional(form.number),
+                "agreement": form.optional(form.number),
+                "n_prompts": form.optional(form.integer),
+                "heads": form.optional(form.sequence(form.text)),
+            },
+        )
     ),
 }
 

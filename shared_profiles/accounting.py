@@ -83,6 +83,12 @@ def count_pairs(layout: Layout, category: Category, template: SinkTemplate, *, w
     return PairCounts(text_rows, int(image_text.sum()), int(intra.sum()), int(inter.sum()))
 
 
+def count_layer_pairs(layout: Layout, template: SinkTemplate, windows: Sequence[int | None]) -> np.ndarray:
+    """The pairs that one head of each category keeps in each layer: `[4, L]` int64, axis 0 is `Category`."""
+    counts = [[count_pairs(layout, c, template, window=window).total for window in windows] for c in Category]
+    return np.array(counts, dtype=np.int64)
+
+
 def count_model_pairs(
     layout: Layout, categories: np.ndarray, template: SinkTemplate, *, windows: Sequence[int | None] | None = None
 ) -> PairCounts:

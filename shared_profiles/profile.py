@@ -85,6 +85,10 @@ class Profile:
             raise ProfileError(f"summary must have shape (n_layers, n_heads)={shape}. Got {self.summary.shape}.")
         if not isinstance(self.choice, dict) or self.choice.get("method") not in METHODS:
             raise ProfileError(f"choice must be a dict whose 'method' is one of {METHODS}. Got {self.choice!r}.")
+        for i, point in enumerate(self.curve):
+            if point.heads is not None and (len(point.heads), len(point.heads[0])) != shape:
+                got = (len(point.heads), len(point.heads[0]))
+                raise ProfileError(f"curve[{i}].heads must have shape (n_layers, n_heads)={shape}. Got {got}.")
         object.__setattr__(self, "categories", read_only(given.astype(np.int8)))
         object.__setattr__(self, "choice", form.json_value(self.choice, "choice"))
         object.__setattr__(self, "curve", tuple(self.curve))

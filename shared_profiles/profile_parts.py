@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 
+import numpy as np
+
 from shared_profiles._values import is_integer, rounded
+
+LETTERS = "DSIB"
+"""One letter per category, in `Category`'s order: DENSE, SINK, INTRA_IMAGE, INTRA_IMAGE_SINK (both)."""
 
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
 _UTC = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
@@ -116,6 +121,9 @@ class CurvePoint:
         kept: fraction of the dense query-key pairs that the whole model computes, in [0, 1].
         kl: mean KL divergence from the dense model of the next-token distribution at the answer, in nats, at least 0.
         accuracy: share of right answers in [0, 1], or None where it was not measured.
+        agreement: share of prompts whose likeliest next token is the dense model's, in [0, 1], or None.
+        n_prompts: how many prompts the means are over, or None where nobody wrote it down.
+        heads: L rows of H letters of `LETTERS`: the categories that were measured; None where nobody wrote them down.
 
     Raises:
         ValueError: a value is out of its range.
@@ -124,17 +132,39 @@ class CurvePoint:
     kept: float
     kl: float
     accuracy: float | None = None
+    agreement: float | None = None
+    n_prompts: int | None = None
+    heads: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.name == "accuracy":
+        for name in ("kept", "kl", "accuracy", "agreement"):
+            value = getattr(self, name)
+            if value is None and name in ("accuracy", "agreement"):
                 continue
-            upper = math.inf if field.name == "kl" else 1.0
+            upper = math.inf if name == "kl" else 1.0
             if not math.isfinite(value) or not 0 <= value <= upper:
                 wanted = "finite and at least 0" if upper == math.inf else "in [0, 1]"
-                raise ValueError(f"{field.name} must be {wanted}. Got {value!r}.")
-            object.__setattr__(self, field.name, rounded(value))
+                raise ValueError(f"{name} must be {wanted}. Got {value!r}.")
+            object.__setattr__(self, name, rounded(value))
+        if self.n_prompts is not None:
+            _require_positive("n_prompts", self.n_prompts)
+        if self.heads is not None:
+            rows = tuple(self.heads)
+            if not rows or not rows[0] or any(len(row) != len(rows[0]) or row.strip(LETTERS) for row in rows):
+                raise ValueError(f"heads must be equally long rows of the letters {LETTERS}. Got {rows!r:.80}.")
+            object.__setattr__(self, "heads", rows)
+
+    @property
+    def categories(self) -> np.ndarray | None:
+        """`[L, H]` int8, values of `Category`; None where `heads` is."""
+        if self.heads is None:
+            return None
+        return np.array([[LETTERS.index(letter) for letter in row] for row in self.heads], dtype=np.int8)
+
+
+def heads_of(categories: np.ndarray) -> tuple[str, ...]:
+    """Categories `[L, H]` as `CurvePoint.heads` writes them."""
+    return tuple("".join(LETTERS[value] for value in row) for row in categories.tolist())
 
 
 def _require_text(name: str, value: object) -> None:

@@ -25,6 +25,11 @@ def prompt_digest(inputs: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()[:32]
 
 
+def dataset_hash(prompt_ids: Iterable[str]) -> str:
+    """The hash of a data set: of the digests of its prompts, whatever their order."""
+    return "sha256:" + hashlib.sha256("\n".join(sorted(prompt_ids)).encode()).hexdigest()
+
+
 def make_profile(
     statistics: Statistics,
     thresholds: Thresholds,
@@ -45,14 +50,24 @@ def make_profile(
     )
 
 
-def make_provenance(dataset: str, statistics: Statistics, packages: Iterable[str]) -> Provenance:
-    """The provenance of a profile made now from these statistics; the data set's hash is that of its prompts."""
-    ids = statistics.prompt_ids
+def make_provenance(
+    dataset: str, statistics: Statistics, packages: Iterable[str], held_out: Mapping[str, int] | None = None
+) -> Provenance:
+    """The provenance of a profile made now from these statistics; the data set's hash is that of its prompts.
+
+    Args:
+        dataset: its name.
+        statistics: of the prompts that were calibrated on.
+        packages: whose versions count.
+        held_out: the prompts that a budget was measured on, with their numbers of tokens; part of the data set.
+    """
+    held_out = held_out or {}
+    ids = {*statistics.prompt_ids, *held_out}
     return Provenance(
         dataset=dataset,
-        dataset_hash="sha256:" + hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        dataset_hash=dataset_hash(ids),
         n_prompts=len(ids),
-        n_tokens=statistics.n_tokens,
+        n_tokens=statistics.n_tokens + sum(held_out.values()),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions={name: installed(name) for name in ("blindsight", *packages, "numpy")},
     )

@@ -14,20 +14,21 @@ import io
 import os
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from shared_profiles._atomic import write_atomically
 from shared_profiles._values import is_integer, read_only, same_fields
-from shared_profiles.categories import SPARSE
-from shared_profiles.summary import LEVELS, Summary
+from shared_profiles.categories import SPARSE, Category
+from shared_profiles.summary import LEVELS, MEASURED_RANKINGS, Summary
 
-SCHEMA = "blindsight.statistics/1"
+SCHEMA = "blindsight.statistics/2"
 MASS_SLACK = 1e-3  # exp(lse - lse) of low-precision kernels may pass 1 by this much
 
-_MEMBERS = {"schema", "origin", "prompt_ids", "counts", "mass", "error", "kept"}
+_MEMBERS = {"schema", "origin", "rankings", "prompt_ids", "counts", "mass", "error", "pairs", "harm"}
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError, ValueError)
 
 
@@ -41,7 +42,9 @@ class PromptStatistics:
         n_rows: image rows that have an earlier image, the ones that the means below are over.
         mass: `[3, L, H]` float32, mean retained softmax mass, `exp(lse_category - lse_dense)`.
         error: `[3, L, H]` float32, mean relative output error, `||o_category - o_dense|| / ||o_dense||`.
-        kept: `[3]` float64, fraction of the dense query-key pairs that one head of the category keeps.
+        pairs: `[4, L]` int64, query-key pairs that one head of each category computes in each layer; axis 0 is
+            `Category`.
+        harm: per ranking that was measured, `[3, L, H]` float32, at least 0; `Summary` tells what each means.
 
     Raises:
         ValueError: a count is too small or a shape is wrong. Values are checked by `Statistics.add`, which can name
@@ -53,7 +56,8 @@ class PromptStatistics:
     n_rows: int
     mass: np.ndarray
     error: np.ndarray
-    kept: np.ndarray
+    pairs: np.ndarray
+    harm: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("n_tokens", 1), ("n_images", 2), ("n_rows", 1)):
@@ -61,15 +65,26 @@ class PromptStatistics:
                 raise ValueError(f"{name} must be an integer of at least {least}. Got {value!r}. Skip such a prompt.")
         if self.n_rows > self.n_tokens:
             raise ValueError(f"n_rows must be at most n_tokens. Got {self.n_rows} rows of {self.n_tokens} tokens.")
-        for name, dtype in (("mass", np.float32), ("error", np.float32), ("kept", np.float64)):
-            with np.errstate(over="ignore"):  # an overflow becomes inf, which `Statistics.add` refuses
-                array = np.array(getattr(self, name), dtype=dtype)
-            array[array == 0] = 0  # -0.0 becomes 0.0: equal records have equal bits
-            object.__setattr__(self, name, read_only(array))
-        if self.mass.ndim != 3 or len(self.mass) != len(SPARSE) or self.error.shape != self.mass.shape:
-            raise ValueError(f"mass and error must have shape (3, L, H). Got {self.mass.shape}, {self.error.shape}.")
-        if self.kept.shape != (len(SPARSE),):
-            raise ValueError(f"kept must have shape (3,). Got {self.kept.shape}.")
+        for name in ("mass", "error"):
+            object.__setattr__(self, name, _stored(getattr(self, name)))
+        object.__setattr__(self, "harm", {name: _stored(self.harm[name]) for name in sorted(self.harm)})
+        if unknown := sorted(set(self.harm) - set(MEASURED_RANKINGS)):
+            raise ValueError(f"harm may have the rankings {', '.join(MEASURED_RANKINGS)}. Got {', '.join(unknown)}.")
+        shapes = [self.mass.shape, self.error.shape, *(harm.shape for harm in self.harm.values())]
+        if self.mass.ndim != 3 or len(self.mass) != len(SPARSE) or len(set(shapes)) > 1:
+            raise ValueError(f"mass, error and every harm must have one shape (3, L, H). Got {shapes}.")
+        pairs = np.array(self.pairs)
+        if pairs.dtype.kind not in "iu" or pairs.shape != (len(Category), self.mass.shape[1]):
+            wanted = (len(Category), self.mass.shape[1])
+            raise ValueError(f"pairs must be integers of shape (4, L)={wanted}. Got {pairs.dtype} {pairs.shape}.")
+        object.__setattr__(self, "pairs", read_only(pairs.astype(np.int64)))
+
+    @property
+    def kept(self) -> np.ndarray:
+        """`[3]` float64, fraction of the dense query-key pairs that one head of each sparse category keeps."""
+        totals = self.pairs.sum(axis=1)
+        kept: np.ndarray = totals[1:] / totals[0]
+        return kept
 
     def __eq__(self, other: object) -> bool:
         return same_fields(self, other)
@@ -85,17 +100,21 @@ class Statistics:
         n_heads: H, query heads.
         origin: what the numbers were measured on, in a short line of ASCII: for example the model's digest and the
             sink template. States of different origin do not merge.
+        rankings: which `harm` every record has, of `MEASURED_RANKINGS`. States of different rankings do not merge.
 
     Raises:
-        ValueError: a size is not a positive integer, or the origin is not printable ASCII.
+        ValueError: a size is not a positive integer, the origin is not printable ASCII, or a ranking is unknown.
     """
 
-    def __init__(self, n_layers: int, n_heads: int, *, origin: str = "") -> None:
+    def __init__(self, n_layers: int, n_heads: int, *, origin: str = "", rankings: Collection[str] = ()) -> None:
         if not is_integer(n_layers, 1) or not is_integer(n_heads, 1):
             raise ValueError(f"n_layers and n_heads must be positive integers. Got {n_layers!r}, {n_heads!r}.")
         if not _plain(origin):
             raise ValueError(f"origin must be printable ASCII. Got {origin!r}.")
+        if unknown := sorted(set(rankings) - set(MEASURED_RANKINGS)):
+            raise ValueError(f"rankings must be of {', '.join(MEASURED_RANKINGS)}. Got {', '.join(unknown)}.")
         self.n_layers, self.n_heads, self.origin = n_layers, n_heads, origin
+        self.rankings = tuple(sorted(rankings))
         self._records: dict[str, PromptStatistics] = {}
 
     def __len__(self) -> int:
@@ -103,6 +122,9 @@ class Statistics:
 
     def __contains__(self, prompt_id: object) -> bool:
         return prompt_id in self._records
+
+    def __getitem__(self, prompt_id: str) -> PromptStatistics:
+        return self._records[prompt_id]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Statistics) and self._key == other._key and self._records == other._records
@@ -123,8 +145,8 @@ class Statistics:
         return sum(record.n_tokens for record in self._records.values())
 
     @property
-    def _key(self) -> tuple[int, int, str]:
-        return self.n_layers, self.n_heads, self.origin
+    def _key(self) -> tuple[int, int, str, tuple[str, ...]]:
+        return self.n_layers, self.n_heads, self.origin, self.rankings
 
     def add(self, prompt_id: str, record: PromptStatistics) -> None:
         """Adds one prompt. Adding it again with the same values changes nothing.
@@ -143,8 +165,16 @@ class Statistics:
         shape = (len(SPARSE), self.n_layers, self.n_heads)
         if record.mass.shape != shape:
             raise ValueError(f"prompt {prompt_id}: mass must have shape (3, L, H)={shape}. Got {record.mass.shape}.")
-        for name, upper in (("mass", 1 + MASS_SLACK), ("error", np.inf), ("kept", 1.0)):
-            array = getattr(record, name)
+        if tuple(record.harm) != self.rankings:
+            raise ValueError(f"prompt {prompt_id}: harm must have the rankings {self.rankings}. Got {[*record.harm]}.")
+        if not (_within(record.pairs) and (record.pairs.sum(axis=1) > 0).all()):
+            raise ValueError(
+                f"prompt {prompt_id}: pairs must be at least 0, at most those of DENSE, and not all 0. Got "
+                f"{record.pairs.tolist()!r:.80}. Measure this prompt again."
+            )
+        tables = {"mass": record.mass, "error": record.error} | {f"{k} harm": v for k, v in record.harm.items()}
+        for name, array in tables.items():
+            upper = 1 + MASS_SLACK if name == "mass" else np.inf
             good = np.isfinite(array) & (array >= 0) & (array <= upper)
             if not good.all():
                 at = tuple(np.argwhere(~good)[0])
@@ -168,10 +198,10 @@ class Statistics:
         """
         if self._key != other._key:
             raise ValueError(
-                f"merged states must have one (n_layers, n_heads, origin). Got {self._key} and {other._key}. "
+                f"merged states must have one (n_layers, n_heads, origin, rankings). Got {self._key} and {other._key}. "
                 "Merge only parts of one calibration run."
             )
-        merged = Statistics(self.n_layers, self.n_heads, origin=self.origin)
+        merged = Statistics(self.n_layers, self.n_heads, origin=self.origin, rankings=self.rankings)
         merged._records = dict(self._records)
         for prompt_id, record in other._records.items():
             merged.add(prompt_id, record)
@@ -180,9 +210,9 @@ class Statistics:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state as an uncompressed `.npz`, atomically; equal states give equal bytes.
 
-        Members, N prompts in ascending order of id: `schema` and `origin`, strings; `prompt_ids` `[N]` strings;
-        `counts` `[N, 3]` int64 (n_tokens, n_images, n_rows); `mass` and `error` `[N, 3, L, H]` float32; `kept`
-        `[N, 3]` float64.
+        Members, N prompts in ascending order of id, R rankings: `schema` and `origin`, strings; `rankings` `[R]` and
+        `prompt_ids` `[N]` strings; `counts` `[N, 3]` int64 (n_tokens, n_images, n_rows); `mass` and `error`
+        `[N, 3, L, H]` and `harm` `[R, N, 3, L, H]` float32; `pairs` `[N, 4, L]` int64.
 
         Raises:
             OSError: the file cannot be written; an older one is then untouched.
@@ -219,14 +249,21 @@ class Statistics:
             if (schema := str(loaded["schema"])) != SCHEMA:
                 raise ValueError(f"the schema {schema!r}")
             counts, mass = loaded["counts"], loaded["mass"]
-            ids, error, kept = loaded["prompt_ids"], loaded["error"], loaded["kept"]
-            origin = str(loaded["origin"])
-        kinds = ids.dtype.kind == "U" and counts.dtype == np.int64
-        if not kinds or mass.ndim != 4 or ids.ndim != 1 or counts.shape != (len(ids), 3):
-            raise ValueError(f"arrays of shapes {ids.shape}, {counts.shape}, {mass.shape}")
-        statistics = cls(*mass.shape[2:], origin=origin)
-        for prompt_id, numbers, *arrays in zip(ids.tolist(), counts.tolist(), mass, error, kept, strict=True):
-            statistics.add(prompt_id, PromptStatistics(*numbers, *arrays))
+            ids, error, pairs = loaded["prompt_ids"], loaded["error"], loaded["pairs"]
+            origin, rankings, harm = str(loaded["origin"]), loaded["rankings"], loaded["harm"]
+        kinds = ids.dtype.kind == rankings.dtype.kind == "U" and counts.dtype == np.int64
+        shapes = ids.ndim == rankings.ndim == 1 and counts.shape == (len(ids), 3)
+        alike = error.shape == mass.shape and len(mass) == len(pairs) == len(ids)
+        if not kinds or not shapes or not alike or mass.ndim != 4 or harm.shape != (len(rankings), *mass.shape):
+            raise ValueError(f"arrays of shapes {ids.shape}, {counts.shape}, {mass.shape}, {harm.shape}")
+        names = rankings.tolist()
+        statistics = cls(*mass.shape[2:], origin=origin, rankings=names)
+        for i, prompt_id in enumerate(ids.tolist()):
+            n_tokens, n_images, n_rows = counts[i].tolist()
+            by_name = {name: harm[r, i] for r, name in enumerate(names)}
+            statistics.add(
+                prompt_id, PromptStatistics(n_tokens, n_images, n_rows, mass[i], error[i], pairs[i], by_name)
+            )
         return statistics
 
     def _stacked(self) -> dict[str, Any]:
@@ -235,12 +272,15 @@ class Statistics:
         records = [self._records[i] for i in ids]
         heads = (len(records), len(SPARSE), self.n_layers, self.n_heads)
         counts = np.array([(r.n_tokens, r.n_images, r.n_rows) for r in records], dtype=np.int64)
+        harm = [[r.harm[name] for r in records] for name in self.rankings]
         return {
+            "rankings": np.array(self.rankings, dtype=np.str_),
             "prompt_ids": np.array(ids, dtype=np.str_),
             "counts": counts.reshape(-1, 3),
             "mass": np.array([r.mass for r in records], dtype=np.float32).reshape(heads),
             "error": np.array([r.error for r in records], dtype=np.float32).reshape(heads),
-            "kept": np.array([r.kept for r in records], dtype=np.float64).reshape(-1, len(SPARSE)),
+            "pairs": np.array([r.pairs for r in records], dtype=np.int64).reshape(-1, len(Category), self.n_layers),
+            "harm": np.array(harm, dtype=np.float32).reshape(len(self.rankings), *heads),
         }
 
     def summarize(self) -> Summary:
@@ -255,7 +295,9 @@ class Statistics:
         stacked = self._stacked()
         mass = np.minimum(stacked["mass"].astype(np.float64), 1.0)  # [N, 3, L, H]
         error = stacked["error"].astype(np.float64)  # [N, 3, L, H]
-        kept = stacked["kept"].mean(axis=0)
+        totals = stacked["pairs"].sum(axis=2)  # [N, 4]
+        kept = (totals[:, 1:] / totals[:, :1]).mean(axis=0)
+        harm = stacked["harm"].astype(np.float64).mean(axis=1)  # [R, 3, L, H]
         picks = [min(i * n // (len(LEVELS) - 1), n - 1) for i in range(len(LEVELS))]  # floor(level * n), exactly
 
         def quantiles(values: np.ndarray) -> np.ndarray:
@@ -272,7 +314,22 @@ class Statistics:
             error=by_category(quantiles(error)),
             error_mean=by_category(error.mean(axis=0)),
             kept=by_category(kept),
+            pairs=dict(zip(Category, stacked["pairs"].mean(axis=0), strict=True)),
+            harm={name: by_category(values) for name, values in zip(self.rankings, harm, strict=True)},
         )
+
+
+def _stored(values: np.ndarray) -> np.ndarray:
+    """A record's table: float32, read-only."""
+    with np.errstate(over="ignore"):  # an overflow becomes inf, which `Statistics.add` refuses
+        array = np.array(values, dtype=np.float32)
+    array[array == 0] = 0  # -0.0 becomes 0.0: equal records have equal bits
+    return read_only(array)
+
+
+def _within(pairs: np.ndarray) -> bool:
+    """Whether no category computes fewer pairs than none, or more than `DENSE`."""
+    return bool((pairs >= 0).all() and (pairs <= pairs[Category.DENSE]).all())
 
 
 def _plain(text: str) -> bool:

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from shared_profiles._values import is_integer, rounded, rounded_array, same_fields
 from shared_profiles.categories import SPARSE, Category
+
+MEASURED_RANKINGS = ("gradient", "residual")
+"""Estimates of the harm that a category does to a head; `Summary.harm` has those that were measured."""
+
+RANKINGS = (*MEASURED_RANKINGS, "error")
+"""What `Summary.harm_of` can give: the square of the output error is always there."""
 
 LEVELS = tuple(i / 20 for i in range(21))
 """Levels of the quantiles that `Statistics.summarize` keeps: 0, 0.05, ..., 1."""
@@ -37,6 +43,15 @@ class Summary:
             `||o_category - o_dense|| / ||o_dense||`, at least 0.
         error_mean: per sparse category `[L, H]` float64: its mean over prompts.
         kept: per sparse category the mean fraction, in [0, 1], of the dense query-key pairs that one head keeps.
+        pairs: per category, `DENSE` included, `[L]` float64: the mean number of query-key pairs that one head computes
+            in each layer, which differ where windows do.
+        harm: per ranking that was measured and per sparse category `[L, H]` float64, at least 0: the mean over prompts
+            of an estimate of what the category does when this head alone is given it.
+            `"gradient"`: the divergence of the next token in nats, `1/2 (sum over image rows of g . change)^2`, where
+            `change = o_category - o_dense` and `g` is the gradient by `o_dense` of a random combination of the logits
+            whose covariance is the Fisher information.
+            `"residual"`: no gradient: the mean over image rows of `(||W_o change|| / ||x||)^2`, `x` being the residual
+            stream that the layer reads.
 
     Raises:
         ValueError: a category is missing, shapes disagree, or a value is out of its range or not finite.
@@ -49,6 +64,8 @@ class Summary:
     error: Mapping[Category, np.ndarray]
     error_mean: Mapping[Category, np.ndarray]
     kept: Mapping[Category, float]
+    pairs: Mapping[Category, np.ndarray]
+    harm: Mapping[str, Mapping[Category, np.ndarray]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not is_integer(self.n_prompts, 1):
@@ -80,6 +97,47 @@ class Summary:
                 object.__setattr__(self, name, {c: float(value) for c, value in checked.items()})
             else:
                 object.__setattr__(self, name, checked)
+        self._check_pairs(layers_heads[0])
+        self._check_harm(layers_heads)
+
+    def _check_pairs(self, n_layers: int) -> None:
+        if set(self.pairs) != set(Category):
+            raise ValueError(f"pairs must have all categories. Got {sorted(map(str, self.pairs))}.")
+        pairs = {c: _checked(f"pairs[{c.name}]", self.pairs[c], (n_layers,), np.inf) for c in Category}
+        if not pairs[Category.DENSE].all() or any((pairs[c] > pairs[Category.DENSE]).any() for c in SPARSE):
+            raise ValueError("pairs[DENSE] must be more than 0 and at least those of every other category.")
+        object.__setattr__(self, "pairs", pairs)
+
+    def _check_harm(self, layers_heads: tuple[int, ...]) -> None:
+        if unknown := sorted(set(self.harm) - set(MEASURED_RANKINGS)):
+            raise ValueError(f"harm may have the rankings {', '.join(MEASURED_RANKINGS)}. Got {', '.join(unknown)}.")
+        harm = {}
+        for name, table in self.harm.items():
+            if set(table) != set(SPARSE):
+                wanted = ", ".join(c.name for c in SPARSE)
+                raise ValueError(f"harm[{name}] must have exactly the categories {wanted}.")
+            harm[name] = {c: _checked(f"harm[{name}][{c.name}]", table[c], layers_heads, np.inf) for c in SPARSE}
+        object.__setattr__(self, "harm", harm)
+
+    def harm_of(self, ranking: str) -> np.ndarray:
+        """The harm of every head under every category, `[L, H, 4]` float64, 0 for `DENSE`.
+
+        Args:
+            ranking: one of `RANKINGS`.
+
+        Raises:
+            ValueError: there is no such ranking, or it was not measured.
+        """
+        if ranking == "error":
+            table: Mapping[Category, np.ndarray] = {c: self.error_mean[c] ** 2 for c in SPARSE}
+        elif ranking in self.harm:
+            table = self.harm[ranking]
+        else:
+            raise ValueError(
+                f"the ranking must be one that was measured: {', '.join((*self.harm, 'error'))}. Got {ranking!r}. "
+                "Calibrate with it first, or take one of these."
+            )
+        return np.stack([np.zeros(self.shape), *(table[c] for c in SPARSE)], axis=-1)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from shared_profiles.categories import SPARSE, Category
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.profile import METHODS, CurvePoint, Fingerprint, Profile, Provenance
 from shared_profiles.statistics import PromptStatistics
-from shared_profiles.summary import Summary
+from shared_profiles.summary import MEASURED_RANKINGS, Summary
 from shared_profiles.template import SinkTemplate
 from strategies import templates
 
@@ -40,6 +40,8 @@ def summary_of(rng: np.random.Generator, n_layers: int, n_heads: int, levels: tu
         error=table((*heads, len(levels)), 3.0),
         error_mean=table(heads, 3.0),
         kept={c: float(rng.choice([0.0, 0.1, rng.random(), 1.0])) for c in SPARSE},  # ties included
+        pairs={c: 1e4 * (rng.random(n_layers) if c else np.ones(n_layers)) for c in Category},
+        harm={name: table(heads, 0.01) for name in MEASURED_RANKINGS if rng.random() < 0.5},
     )
 
 
@@ -52,7 +54,7 @@ def summaries(draw, n_layers: int | None = None, n_heads: int | None = None) -> 
 
 
 @st.composite
-def records(draw, n_layers: int, n_heads: int) -> PromptStatistics:
+def records(draw, n_layers: int, n_heads: int, rankings: tuple[str, ...] = ()) -> PromptStatistics:
     """Random statistics of one prompt."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     n_rows = draw(st.integers(1, 10**6))
@@ -64,7 +66,8 @@ def records(draw, n_layers: int, n_heads: int) -> PromptStatistics:
         n_rows=n_rows,
         mass=mass,
         error=rng.random(shape) * 4,
-        kept=rng.random(3),
+        pairs=np.concatenate([np.full((1, n_layers), 10**9), rng.integers(1, 10**9, (3, n_layers))]),
+        harm={name: rng.random(shape) for name in rankings},
     )
 
 
@@ -82,7 +85,20 @@ provenances = st.builds(
     created=st.sampled_from(["2026-11-21T03:40:49Z", "2024-02-29T23:59:59.123456+00:00"]),
     versions=st.dictionaries(names, names, max_size=3),
 )
-curve_points = st.builds(CurvePoint, kept=fractions, kl=st.floats(0, 1e30), accuracy=st.none() | fractions)
+
+
+def curve_points(n_layers: int, n_heads: int) -> st.SearchStrategy[CurvePoint]:
+    """Random points; what need not be known may be missing."""
+    heads = st.lists(st.text("DSIB", min_size=n_heads, max_size=n_heads), min_size=n_layers, max_size=n_layers)
+    return st.builds(
+        CurvePoint,
+        kept=fractions,
+        kl=st.floats(0, 1e30),
+        accuracy=st.none() | fractions,
+        agreement=st.none() | fractions,
+        n_prompts=st.none() | st.integers(1, 2**53 - 1),
+        heads=st.none() | heads.map(tuple),
+    )
 
 
 @st.composite
@@ -97,7 +113,7 @@ def profiles(draw) -> Profile:
         summary=draw(st.none() | summaries(n_layers, n_heads)),
         choice={**draw(st.dictionaries(names, json_values, max_size=3)), "method": draw(st.sampled_from(METHODS))},
         provenance=draw(st.none() | provenances),
-        curve=draw(st.lists(curve_points, max_size=3)),
+        curve=draw(st.lists(curve_points(n_layers, n_heads), max_size=3)),
     )
 
 
@@ -112,5 +128,5 @@ def plain_profile() -> Profile:
         summary=summary,
         choice=thresholds.to_choice(),
         provenance=Provenance("puzzles", "sha256:" + "d4" * 32, 40, 9000, "2026-11-21T03:40:49Z", {"torch": "2.11.0"}),
-        curve=(CurvePoint(0.4, 0.002, 0.9), CurvePoint(0.6, 0.001)),
+        curve=(CurvePoint(0.4, 0.002, 0.9, 0.95, 16, ("DSI", "BBD")), CurvePoint(0.6, 0.001)),
     )

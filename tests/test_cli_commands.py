@@ -20,8 +20,10 @@ from blindsight_cli.commands import doctor
 from blindsight_cli.main import app
 from blindsight_cli.report import ModelInfo, ReportData, TemplateInfo
 from shared_profiles import Category
+from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import CurvePoint, Fingerprint, Profile, ProfileMismatchError, Provenance
+from shared_profiles.split import HELD_OUT
 from shared_profiles.statistics import PromptStatistics, Statistics
 from shared_profiles.template import SinkTemplate
 from tiny_checkpoints import save_checkpoint
@@ -48,7 +50,8 @@ def profile(tmp_path: Path) -> Path:
     """A profile with everything in it."""
     statistics = Statistics(2, 4)
     mass = np.linspace(0.1, 0.9, 24).reshape(3, 2, 4)
-    statistics.add("a", PromptStatistics(100, 2, 50, mass, 1 - mass, np.array([0.3, 0.4, 0.5])))
+    pairs = np.outer([10, 3, 4, 5], [100, 100])
+    statistics.add("a", PromptStatistics(100, 2, 50, mass, 1 - mass, pairs))
     made = Profile(
         categories=np.array([[0, 1, 2, 3], [3, 3, 0, 0]]),
         template=SinkTemplate(),
@@ -74,8 +77,14 @@ def test_version() -> None:
 
 
 def test_help_states_the_defaults_of_the_library() -> None:
-    options = inspect.signature(main.calibrate).parameters
-    assert Thresholds(*(options[name].default for name in Thresholds.__dataclass_fields__)) == Thresholds()
+    options = inspect.signature(main.calibrate, eval_str=True).parameters
+
+    def told(name: str) -> float:
+        return float(options[name].annotation.__metadata__[0].show_default)
+
+    assert Thresholds(*(told(name) for name in Thresholds.__dataclass_fields__)) == Thresholds()
+    assert told("budget") == main.DEFAULT_BUDGET == Budget().kl
+    assert options["held_out"].default == HELD_OUT
     assert options["local_block"].default == SinkTemplate().local_block
 
 

@@ -346,7 +346,8 @@ def test_statistics_come_out_of_a_summary() -> None:
     rng = np.random.default_rng(1)
     mass = {c: np.sort(rng.random((2, 3, len(LEVELS))), axis=-1) for c in Category if c != Category.DENSE}
     means = {c: m.mean(-1) for c, m in mass.items()}
-    summary = Summary(5, LEVELS, mass, means, mass, means, dict.fromkeys(mass, 0.25))
+    pairs = {c: np.ones(2) for c in Category}
+    summary = Summary(5, LEVELS, mass, means, mass, means, dict.fromkeys(mass, 0.25), pairs)
     statistics = statistics_from_summary(summary)
     assert set(statistics) == set(SPARSE)
     np.testing.assert_array_equal(statistics["SINK"].mass_q05, summary.mass[Category.SINK][..., 1])

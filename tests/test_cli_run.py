@@ -18,6 +18,7 @@ from blindsight_cli.loading import DTYPES, ask, load_checkpoint, load_image, pic
 from blindsight_cli.main import app
 from blindsight_cli.prompt_file import read_prompts
 from shared_profiles import Category, Layout, category_mask
+from shared_profiles.classifier import Thresholds
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
 from shared_profiles.statistics import Statistics
@@ -90,7 +91,7 @@ def test_calibrate_gives_what_the_library_gives(checkpoint: Path, prompts: Path,
     told, profile = json.loads(result.stdout), Profile.load(out)
     model, processor = load_checkpoint(checkpoint)
     inputs = [ask(processor, [load_image(i) for i in p.images], p.question) for p in read_prompts(prompts)]
-    expected = calibrate(model, inputs, thresholds=None, template=profile.template)
+    expected = calibrate(model, inputs, thresholds=Thresholds(), template=profile.template)
     assert profile.summary == expected.summary and profile.template.local_block == 8
     assert told["digest"] == expected.fingerprint.digest
     assert told["dataset_hash"] == profile.provenance.dataset_hash == expected.provenance.dataset_hash  # type: ignore[union-attr]
@@ -103,7 +104,7 @@ def test_calibrate_goes_on_where_it_was_interrupted(
     checkpoint: Path, prompts: Path, tmp_path: Path, monkeypatch
 ) -> None:
     out, state = tmp_path / "p.json", tmp_path / "state.npz"
-    command = ("calibrate", checkpoint, prompts, "--out", out)
+    command = ("calibrate", checkpoint, prompts, "--thresholds", "--out", out)
     seen = []
 
     def interrupted(path: Path) -> Image.Image:
@@ -119,7 +120,7 @@ def test_calibrate_goes_on_where_it_was_interrupted(
     assert not out.exists() and len(Statistics.load(state)) == 2 and len(seen) == 5
     assert blindsight(*command, "--state", state).exit_code == 0
     whole = tmp_path / "whole.json"
-    assert blindsight("calibrate", checkpoint, prompts, "--out", whole, "--limit", 4).exit_code == 0
+    assert blindsight("calibrate", checkpoint, prompts, "--thresholds", "--out", whole, "--limit", 4).exit_code == 0
     assert Profile.load(out).summary == Profile.load(whole).summary
 
 

@@ -24,7 +24,8 @@ def summary(sink, intra, both, *, kept=(0.1, 0.2, 0.3), levels=(0.5,)) -> Summar
     """A summary of one head a layer: per category a list over layers of its quantiles, or of one number."""
     mass = {c: np.reshape(v, (len(v), 1, len(levels))) for c, v in zip(SPARSE, (sink, intra, both), strict=True)}
     means = {c: values[:, :, 0] for c, values in mass.items()}
-    return Summary(9, levels, mass, means, mass, means, dict(zip(SPARSE, kept, strict=True)))
+    pairs = {c: np.ones(len(sink)) for c in Category}
+    return Summary(9, levels, mass, means, mass, means, dict(zip(SPARSE, kept, strict=True)), pairs)
 
 
 def chosen(summary: Summary, **thresholds: float) -> list[Category]:

@@ -25,7 +25,7 @@ L, H = 2, 3
 
 def record(value: float = 0.5, **changes: object) -> PromptStatistics:
     fields = dict(n_tokens=50, n_images=2, n_rows=20, mass=np.full((3, L, H), value), error=np.full((3, L, H), 0.1))
-    return PromptStatistics(**{**fields, "kept": np.array([0.1, 0.2, 0.3]), **changes})
+    return PromptStatistics(**{**fields, "pairs": np.array([[100, 60], [10, 6], [20, 12], [30, 18]]), **changes})
 
 
 def state(**prompts: PromptStatistics) -> Statistics:
@@ -101,7 +101,7 @@ def test_adding_a_prompt_again_changes_nothing_unless_it_differs():
 
 @pytest.mark.parametrize("other", [Statistics(L, H + 1), Statistics(L + 1, H), Statistics(L, H, origin="model y")])
 def test_states_of_different_shape_or_origin_do_not_merge(other):
-    with pytest.raises(ValueError, match=r"must have one \(n_layers, n_heads, origin\)"):
+    with pytest.raises(ValueError, match=r"must have one \(n_layers, n_heads, origin, rankings\)"):
         Statistics(L, H).merge(other)
 
 
@@ -116,9 +116,55 @@ def test_bad_values_name_prompt_layer_head_and_category(name, value):
         state(p7=record(**{name: bad}))
 
 
-def test_bad_kept_names_prompt_and_category():
-    with pytest.raises(ValueError, match=r"prompt p, INTRA_IMAGE: kept must be in \[0, 1\]. Got 1.5"):
-        state(p=record(kept=[0.1, 1.5, 0.2]))
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        [[9, 9], [1, 1], [10, 1], [1, 1]],  # more than DENSE
+        [[9, 9], [-1, 2], [1, 1], [1, 1]],
+        [[9, 9], [0, 0], [1, 1], [1, 1]],
+    ],
+)
+def test_bad_pairs_name_the_prompt(pairs):
+    with pytest.raises(ValueError, match="prompt p: pairs must be at least 0, at most those of DENSE, and not all 0"):
+        state(p=record(pairs=np.array(pairs)))
+
+
+def test_harm_is_measured_for_all_prompts_or_none():
+    table = np.full((3, L, H), 0.25)
+    with pytest.raises(ValueError, match=r"prompt p: harm must have the rankings \(\). Got \['gradient'\]"):
+        state(p=record(harm={"gradient": table}))
+    both = Statistics(L, H, rankings=("residual", "gradient"))
+    with pytest.raises(ValueError, match=r"harm must have the rankings \('gradient', 'residual'\)"):
+        both.add("p", record())
+    bad = table.copy()
+    bad[1, 1, 0] = np.nan
+    with pytest.raises(ValueError, match="prompt p, layer 1, head 0, INTRA_IMAGE: residual harm must be finite"):
+        both.add("p", record(harm={"gradient": table, "residual": bad}))
+    both.add("p", record(harm={"gradient": table, "residual": 2 * table}))
+    with pytest.raises(ValueError, match="rankings"):
+        both.merge(Statistics(L, H))
+    with pytest.raises(ValueError, match=r"rankings must be of gradient, residual\. Got luck"):
+        Statistics(L, H, rankings=("luck",))
+    with pytest.raises(ValueError, match=r"harm may have the rankings gradient, residual\. Got luck"):
+        record(harm={"luck": table})
+
+
+def test_a_summary_has_the_mean_harm_and_pairs():
+    rng = np.random.default_rng(3)
+    tables = rng.random((2, 2, 3, L, H)).astype(np.float32)  # prompt, ranking
+    statistics = Statistics(L, H, rankings=("gradient", "residual"))
+    for i, (gradient, residual) in enumerate(tables):
+        pairs = np.array([[100, 60], [10, 6], [20, 12], [30, 18]]) * (i + 1)
+        statistics.add(f"p{i}", record(pairs=pairs, harm={"residual": residual, "gradient": gradient}))
+    summary = statistics.summarize()
+    for r, ranking in enumerate(("gradient", "residual")):
+        harm = summary.harm_of(ranking)
+        assert harm.shape == (L, H, 4) and not harm[..., Category.DENSE].any()
+        np.testing.assert_allclose(harm[..., 1:], np.moveaxis(tables[:, r].mean(axis=0), 0, -1), rtol=1e-5)
+    np.testing.assert_array_equal(summary.pairs[Category.INTRA_IMAGE], [30, 18])
+    np.testing.assert_allclose(summary.harm_of("error")[..., 1:], 0.01, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"that was measured: error\. Got 'gradient'"):
+        state(p=record()).summarize().harm_of("gradient")
 
 
 @pytest.mark.parametrize(
@@ -128,9 +174,10 @@ def test_bad_kept_names_prompt_and_category():
         (dict(n_rows=0), "n_rows must be an integer of at least 1"),
         (dict(n_rows=51), "n_rows must be at most n_tokens. Got 51 rows of 50 tokens"),
         (dict(n_tokens=True), "n_tokens must be an integer"),
-        (dict(mass=np.zeros((2, L, H))), r"must have shape \(3, L, H\)"),
-        (dict(error=np.zeros((3, L, H + 1))), r"must have shape \(3, L, H\)"),
-        (dict(kept=np.zeros(2)), r"kept must have shape \(3,\)"),
+        (dict(mass=np.zeros((2, L, H))), r"must have one shape \(3, L, H\)"),
+        (dict(error=np.zeros((3, L, H + 1))), r"must have one shape \(3, L, H\)"),
+        (dict(pairs=np.ones((4, L + 1), int)), r"pairs must be integers of shape \(4, L\)=\(4, 2\)"),
+        (dict(pairs=np.ones((4, L))), "pairs must be integers of shape"),
     ],
 )
 def test_a_record_refuses(changes, message):
@@ -209,6 +256,15 @@ def test_a_summary_holds_six_digits_read_only():
         (dict(levels=(0.5,)), r"mass\[SINK\] must have shape \(2, 3, 1\). Got \(2, 3, 2\)"),
         (dict(kept={Category.SINK: 0.5}), "kept must have exactly the categories SINK, INTRA_IMAGE"),
         (dict(kept=dict.fromkeys(SPARSE, 1.5)), r"kept\[SINK\] must be in \[0, 1\]. Got 1.5"),
+        (dict(pairs=dict.fromkeys(SPARSE, np.ones(L))), "pairs must have all categories"),
+        (dict(pairs=dict.fromkeys(Category, np.zeros(L))), r"pairs\[DENSE\] must be more than 0"),
+        (dict(pairs={c: np.full(L, 1.0 + c) for c in Category}), r"pairs\[DENSE\] must be .* at least those of every"),
+        (dict(harm={"luck": {}}), "harm may have the rankings gradient, residual. Got luck"),
+        (dict(harm={"gradient": {}}), r"harm\[gradient\] must have exactly the categories SINK"),
+        (
+            dict(harm={"gradient": dict.fromkeys(SPARSE, np.full((L, H), -1.0))}),
+            r"harm\[gradient\]\[SINK\] must be finite and at least 0",
+        ),
         (dict(mass_mean=dict.fromkeys(SPARSE, np.full((2, 3), 1.1))), r"mass_mean\[SINK\] must be in \[0, 1\]"),
         (dict(mass=dict.fromkeys(SPARSE, np.zeros(2))), r"mass must have shape \(L, H, Q\)"),
         (dict(mass=dict.fromkeys(SPARSE, np.full((2, 3, 2), [0.9, 0.8]))), r"not fall .* Got 0.9, 0.8 at layer 0, he"),
@@ -246,7 +302,7 @@ def damage(content: bytes, kind: str) -> bytes:
         case "single array":
             np.save(buffer, members["mass"])
         case "a newer version":
-            np.savez(buffer, **{**members, "schema": np.array("blindsight.statistics/2")})
+            np.savez(buffer, **{**members, "schema": np.array("blindsight.statistics/3")})
         case "a missing member":
             np.savez(buffer, **{k: v for k, v in members.items() if k != "error"})
         case "too few counts":
@@ -269,7 +325,7 @@ def damage(content: bytes, kind: str) -> bytes:
         ("pickle", "."),
         ("objects inside", "allow_pickle"),
         ("single array", "a single array"),
-        ("a newer version", "the schema 'blindsight.statistics/2'"),
+        ("a newer version", "the schema 'blindsight.statistics/3'"),
         ("a missing member", "the members"),
         ("too few counts", "arrays of shapes"),
         ("too few masses", "."),

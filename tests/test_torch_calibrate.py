@@ -27,7 +27,7 @@ from tiny_models import (
 from torch_blindsight import calibrate, fingerprint, observe
 
 SMALL = SinkTemplate((0, 1), (1, 2), 8)
-QUIET = dict(template=SMALL, progress=False)
+QUIET = dict(template=SMALL, progress=False, thresholds=Thresholds())
 
 
 @pytest.fixture
@@ -129,7 +129,8 @@ def test_rows_are_measured_a_few_at_a_time(family, monkeypatch):
 def test_the_profile(model, family):
     prompts = prompts_of(family, 3)
     thresholds = Thresholds(gamma_intra=0.5)
-    profile = calibrate(model, iter(prompts), dataset="puzzles", thresholds=thresholds, **QUIET)
+    options = QUIET | dict(dataset="puzzles", thresholds=thresholds)
+    profile = calibrate(model, iter(prompts), **options)
     np.testing.assert_array_equal(profile.categories, classify(profile.summary, thresholds))
     assert profile.choice == thresholds.to_choice()
     assert profile.template == SMALL
@@ -138,7 +139,7 @@ def test_the_profile(model, family):
     assert (made.dataset, made.n_prompts) == ("puzzles", 3)
     assert made.n_tokens == sum(x["input_ids"].shape[1] for x in prompts)
     assert set(made.versions) == {"blindsight", "torch", "transformers", "numpy"}
-    again = calibrate(model, prompts[::-1] + prompts[:1], dataset="puzzles", thresholds=thresholds, **QUIET)
+    again = calibrate(model, prompts[::-1] + prompts[:1], **options)
     assert again.summary == profile.summary, "neither the order nor repetitions matter"
     assert again.provenance.dataset_hash == made.dataset_hash
     assert calibrate(model, prompts[:2], **QUIET).provenance.dataset_hash != made.dataset_hash
@@ -192,8 +193,8 @@ def test_the_state_is_written_every_few_prompts_and_on_errors(model, tmp_path):
 def test_a_state_that_does_not_fit_is_refused(model, tmp_path):
     state, prompts = tmp_path / "state.npz", prompts_of("qwen2_vl", 1)
     calibrate(model, prompts, state=state, **QUIET)
-    with pytest.raises(ValueError, match=r"one \(n_layers, n_heads, origin\).* Merge only parts of one cal"):
-        calibrate(model, prompts, state=state, template=SinkTemplate(), progress=False)
+    with pytest.raises(ValueError, match=r"one \(n_layers, n_heads, origin, rankings\).* Merge only parts of one cal"):
+        calibrate(model, prompts, state=state, **QUIET | dict(template=SinkTemplate()))
     with pytest.raises(ValueError, match="Merge only parts of one calibration run"):
         calibrate(make_model("qwen2_vl", seed=1), prompts, state=state, **QUIET)
     state.write_bytes(state.read_bytes()[:-100])
@@ -283,9 +284,9 @@ def test_videos_and_low_precision(model, family):
 
 @pytest.mark.parametrize("family", ["gemma3"])
 def test_progress_is_shown_where_asked_for(model, capsys):
-    calibrate(model, prompts_of("gemma3", 1), progress=False)
+    calibrate(model, prompts_of("gemma3", 1), thresholds=Thresholds(), progress=False)
     assert capsys.readouterr() == ("", "")
-    calibrate(model, prompts_of("gemma3", 1), progress=True)
+    calibrate(model, prompts_of("gemma3", 1), thresholds=Thresholds(), progress=True)
     out, err = capsys.readouterr()
     assert out == ""
     assert "calibrating" in err

@@ -86,7 +86,7 @@ def test_measuring_equals_calibrating(family):
         for x in prompts:
             model(**x)
         frozen = handle.profile
-    profile = calibrate(model, prompts, template=SMALL, progress=False)
+    profile = calibrate(model, prompts, template=SMALL, thresholds=Thresholds(), progress=False)
     assert frozen.summary == profile.summary
     np.testing.assert_array_equal(frozen.categories, profile.categories)
 

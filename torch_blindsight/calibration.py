@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,20 @@ from torch import nn
 from tqdm import tqdm
 
 from shared_profiles import SinkTemplate
+from shared_profiles.budget import Budget, tune
 from shared_profiles.classifier import Thresholds
 from shared_profiles.collection import collect
 from shared_profiles.profile import Profile
-from shared_profiles.provenance import make_profile
+from shared_profiles.provenance import dataset_hash, make_profile, make_provenance, prompt_digest
+from shared_profiles.split import HELD_OUT, Given, Split
 from shared_profiles.statistics import PromptStatistics
+from torch_blindsight.gradient import GradientMode, measure_with_gradient
+from torch_blindsight.held_out import HeldOut
 from torch_blindsight.implementations import Name, implementation
 from torch_blindsight.models import PACKAGES, fingerprint, inspect_model
 from torch_blindsight.observe import ObserveMode, Observer
 from torch_blindsight.patching import HANDLE, Handle
+from torch_blindsight.residual import ResidualStream
 
 
 def calibrate(
@@ -29,13 +36,19 @@ def calibrate(
     *,
     dataset: str = "unnamed",
     template: SinkTemplate | None = None,
+    budget: Budget | float | None = None,
     thresholds: Thresholds | None = None,
+    held_out: float | Iterable[Mapping[str, Any]] = HELD_OUT,
     state: str | Path | None = None,
     save_every: int = 8,
     progress: bool | None = None,
     impl: Name | None = None,
 ) -> Profile:
     """Measures a model on prompts and chooses a category for every head.
+
+    By a budget, the default, some prompts are held out; the heads are ranked on the others and made sparse for as long
+    as the next token of the held-out prompts stays within the budget (`shared_profiles.budget`). By thresholds all
+    prompts are calibrated on, and nothing is held out.
 
     Prompts with fewer than two images are skipped: they show nothing. An interrupted run continues where it stopped
     when `state` is given: prompts already measured are recognized by their content.
@@ -45,47 +58,88 @@ def calibrate(
         prompts: what the model's processor returns, one prompt each: `input_ids [1, N]`, `pixel_values`, ...
         dataset: name of the data, kept in the profile.
         template: sinks and local blocks.
-        thresholds: how much a head must retain.
+        budget: allowed KL divergence of the next token in nats, or that and what ranks the heads: `"gradient"`, one
+            backward pass a prompt; `"residual"`, for models too large for one; `"error"`. Default: `Budget()`, unless
+            thresholds are given.
+        thresholds: how much a head must retain, to choose by that instead.
+        held_out: the share of prompts that a budget is measured on, chosen by their content; or these prompts. They
+            stay in memory until the end.
         state: file in which the statistics are kept, written every `save_every` prompts and on interruption.
         save_every: how often.
         progress: show a progress bar on standard error; default: when it is a terminal.
         impl: what computes the attention that is measured; as in `patch`.
 
     Returns:
-        The profile, with the statistics it was chosen from and their provenance. It is not saved.
+        The profile, with the statistics it was chosen from, their provenance and, by a budget, every measured point.
+        It is not saved. Where no head can be sparse within the budget all are Dense, and `choice["reached"]` is false.
 
     Raises:
-        ValueError: no prompt has two images, a prompt is malformed, tokens and model are on different devices, or
-            the model is patched.
+        ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
+            calibrated on; tokens and model are on different devices; the model is patched; budget and thresholds.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
         OSError: the state cannot be written.
     """
     if getattr(model, HANDLE, None) is not None:
         raise ValueError("the model must not be patched while it is calibrated. Call unpatch() on its handle first.")
+    limit = _limit(budget, thresholds)
     info = inspect_model(model)
     print_ = fingerprint(model, info)
-    template, thresholds = template or SinkTemplate(), thresholds or Thresholds()
+    template = template or SinkTemplate()
     chosen = implementation(impl, model, info)
-    mode = ObserveMode(info, template, chosen.attend)
-    handle = Handle(model, info, mode, chosen)
-    handle.install()
+    split: Split[Mapping[str, Any]] | None = None
+    if limit is not None:
+        split = Split(held_out) if isinstance(held_out, int | float) else _given(model, held_out)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        statistics = collect(
-            tqdm(prompts, desc="calibrating", unit="prompt", disable=None if progress is None else not progress),
-            lambda prompt: _measure(model, mode, prompt),
-            lambda prompt: _arrays(model, prompt),
-            print_,
-            template,
-            state=state,
-            save_every=save_every,
-        )
+        with ExitStack() as stack:
+            rankings = _rankings(limit)
+            stream = stack.enter_context(ResidualStream(model, info)) if "residual" in rankings else None
+            kind = GradientMode if "gradient" in rankings else ObserveMode
+            mode = kind(info, template, chosen.attend, stream)
+            stack.enter_context(handle := Handle(model, info, mode, chosen))
+            handle.install()
+            statistics = collect(
+                tqdm(prompts, desc="calibrating", unit="prompt", disable=None if progress is None else not progress),
+                lambda prompt: _measure(model, mode, prompt),
+                lambda prompt: _arrays(model, prompt),
+                print_,
+                template,
+                state=state,
+                save_every=save_every,
+                rankings=rankings,
+                split=split,
+            )
+        profile = make_profile(statistics, thresholds or Thresholds(), template, print_, dataset, PACKAGES)
+        if limit is None or split is None:
+            return profile
+        held = HeldOut(model, info, chosen, profile, split.prompts)
+        made_from = make_provenance(dataset, statistics, PACKAGES, held.n_tokens)
+        return tune(replace(profile, provenance=made_from), limit, held, held_out=dataset_hash(held.prompts))
     finally:
-        handle.unpatch()
         for module in training:
             module.training = True
-    return make_profile(statistics, thresholds, template, print_, dataset, PACKAGES)
+
+
+def _limit(budget: Budget | float | None, thresholds: Thresholds | None) -> Budget | None:
+    """The budget to choose by; None to choose by thresholds."""
+    if budget is not None and thresholds is not None:
+        raise ValueError("categories must be chosen by a budget or by thresholds. Got both. Leave one out.")
+    if thresholds is not None:
+        return None
+    return budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
+
+
+def _rankings(budget: Budget | None) -> tuple[str, ...]:
+    """What has to be measured: whoever takes the gradient gets the ranking without one beside it."""
+    if budget is None or budget.ranking == "error":
+        return ()
+    return ("gradient", "residual") if budget.ranking == "gradient" else ("residual",)
+
+
+def _given(model: nn.Module, prompts: Iterable[Mapping[str, Any]]) -> Given[Mapping[str, Any]]:
+    """Held-out prompts of the caller's own, checked."""
+    return Given({prompt_digest(_arrays(model, prompt)): prompt for prompt in prompts})
 
 
 def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
@@ -116,10 +170,14 @@ def _arrays(model: nn.Module, prompt: Mapping[str, Any]) -> dict[str, np.ndarray
     return arrays
 
 
-@torch.no_grad()
 def _measure(model: nn.Module, mode: ObserveMode, prompt: Mapping[str, Any]) -> PromptStatistics | None:
     """Runs one prompt; None if it has fewer than two images."""
-    mode.observer = None
-    model(**prompt, use_cache=False, logits_to_keep=1)
-    observer: Observer | None = mode.observer
+    observer: Observer | None
+    if isinstance(mode, GradientMode):
+        observer = measure_with_gradient(model, mode, prompt)
+    else:
+        mode.observer = None
+        with torch.no_grad():
+            model(**prompt, use_cache=False, logits_to_keep=1)
+        observer = mode.observer
     return None if observer is None else observer.records()[0]

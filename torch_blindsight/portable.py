@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from blindsight_kernels.checks import check_arrays, check_categories, check_keys, check_layouts
 from shared_profiles import Category, Layout, SinkTemplate, Tiles, image_tiles, packed_positions
@@ -277,6 +278,8 @@ def _attend(
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=bias, scale=scale
         )
+    if torch.is_grad_enabled() and q.requires_grad:  # the scores of one block only are ever kept for the backward
+        return checkpoint(_attend_unfused, q, k, v, scale, causal=causal, bias=bias, use_reentrant=False)
     return _attend_unfused(q, k, v, scale, causal=causal, bias=bias)
 
 

@@ -6,7 +6,7 @@ run, demo, calibrate ──► Backend ──┬─► torch_backend ──► t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -15,10 +15,15 @@ import numpy as np
 from torch import Tensor
 
 from shared_profiles import Family, Layout, SinkTemplate, SpecialTokens
+from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Fingerprint, Profile
+from shared_profiles.split import HELD_OUT
 
 BackendName = Literal["torch", "jax"]
+RANKING: dict[BackendName, str] = {"torch": "gradient", "jax": "error"}
+"""What orders the heads for a budget, unless said otherwise: the best that each can measure."""
+
 NO_PROFILE = "there is no profile of this model"
 Prompt = Mapping[str, Tensor]  # what the checkpoint's processor returns, whatever runs it
 
@@ -67,11 +72,13 @@ class Backend(Protocol):
     Attributes:
         version: the framework's name and version.
         device: where the tensors of prompts must be.
+        hardware: name of the processor that computes.
         facts: what was loaded.
     """
 
     version: str
     device: str
+    hardware: str
     facts: Facts
 
     def calibrate(
@@ -80,10 +87,12 @@ class Backend(Protocol):
         *,
         dataset: str,
         template: SinkTemplate,
-        thresholds: Thresholds,
+        budget: Budget | None = None,
+        thresholds: Thresholds | None = None,
+        held_out: float | Sequence[Prompt] = HELD_OUT,
         state: Path | None = None,
     ) -> Profile:
-        """The checkpoint's profile, as the framework's `calibrate` makes it."""
+        """The checkpoint's profile, as the framework's `calibrate` makes it, by a budget or by thresholds."""
         ...
 
     def answer(self, prompt: Prompt, profile: Profile | None, max_new_tokens: int) -> Answer:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,17 @@ from transformers import AutoConfig, GenerationConfig
 
 from blindsight_cli.backends import NO_PROFILE, Answer, Facts, Prompt
 from blindsight_cli.loading import check_family
+from blindsight_cli.timing import describe_cpu
 from jax_blindsight import Params, Prefilled, calibrate, load, sparse_prefill, write
 from jax_blindsight.attention import attend
 from jax_blindsight.buckets import bucket
-from jax_blindsight.work import AttentionWork, attention_work
+from jax_blindsight.implementations import Name, build_work
+from jax_blindsight.prefill import implementation_for
 from shared_profiles import FAMILIES, Category, Layout, SinkTemplate
+from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Profile
+from shared_profiles.split import HELD_OUT
 
 
 class JaxBackend:
@@ -33,8 +37,10 @@ class JaxBackend:
     def __init__(self, folder: Path, dtype: str, device: str | None) -> None:
         check_family(folder)
         self.version = f"jax {jax.__version__}"
-        jax.config.update("jax_default_device", pick_device(device))  # a command runs one model
-        self.params = load(folder, dtype=dtype)
+        place = pick_device(device)
+        jax.config.update("jax_default_device", place)  # a command runs one model
+        self.hardware = describe_cpu()[0] if place.platform == "cpu" else place.device_kind
+        self.params = load(folder, search=False, dtype=dtype)  # each call names its profile
         config = self.params.config
         n_parameters = sum(leaf.size for leaf in jax.tree.leaves(self.params.weights))
         self.facts = Facts(
@@ -42,6 +48,7 @@ class JaxBackend:
         )
         self._eos = _stopping_tokens(folder)
         self._compiled: set[tuple] = set()
+        self._impl = _pick_implementation(self.params)
 
     def calibrate(
         self,
@@ -49,12 +56,24 @@ class JaxBackend:
         *,
         dataset: str,
         template: SinkTemplate,
-        thresholds: Thresholds,
+        budget: Budget | None = None,
+        thresholds: Thresholds | None = None,
+        held_out: float | Sequence[Prompt] = HELD_OUT,
         state: Path | None = None,
     ) -> Profile:
         """See `Backend`."""
         arrays = _InNumPy(prompts)
-        return calibrate(self.params, arrays, dataset=dataset, template=template, thresholds=thresholds, state=state)
+        return calibrate(
+            self.params,
+            arrays,
+            dataset=dataset,
+            template=template,
+            budget=budget,
+            thresholds=thresholds,
+            held_out=held_out if isinstance(held_out, float) else [_in_numpy(x) for x in held_out],
+            state=state,
+            impl=self._impl,
+        )
 
     def answer(self, prompt: Prompt, profile: Profile | None, max_new_tokens: int) -> Answer:
         """See `Backend`."""
@@ -82,13 +101,16 @@ class JaxBackend:
         shape = self.facts.fingerprint
         n = bucket(layout.n_tokens)
         template = SinkTemplate() if profile is None else profile.template
-        work = attention_work([layout], template, n_queries=n, n_keys=n)
         heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
-        qkv = [jax.random.normal(jax.random.key(i), (1, h, n, shape.head_dim)) for i, h in enumerate(heads)]
+        work = build_work(self._impl, [layout], template, head_dim=shape.head_dim, n_queries=n, n_keys=n)
+        work = jax.tree.map(jax.numpy.asarray, work)
+        keys, dtype = jax.random.split(jax.random.key(0), 3), jax.tree.leaves(self.params.weights)[0].dtype
+        q, k, v = (jax.random.normal(key, (1, h, n, shape.head_dim), dtype) for key, h in zip(keys, heads, strict=True))
+        options: dict[str, Any] = dict(window=None, scale=shape.head_dim**-0.5, bidirectional=False, lse=False)
         layers = np.full((shape.n_layers, shape.n_heads), Category.DENSE) if profile is None else profile.categories
         return self._seconds(
             ("attention", layout, layers.tobytes()),
-            lambda: [_attention(*qkv, work, categories=tuple(c), scale=shape.head_dim**-0.5) for c in layers.tolist()],
+            lambda: [attend(q, k, v, work, categories=c, **options)[0] for c in layers],
         )
 
     def _seconds(self, what: tuple, run: Callable[[], Any]) -> float:
@@ -103,7 +125,9 @@ class JaxBackend:
     def _prefill(self, prompt: Prompt, profile: Profile | None, room: int) -> tuple[Params, Prefilled]:
         params = self.params if profile is None else replace(self.params, profile=profile)
         capacity = prompt["input_ids"].shape[1] + room
-        return params, sparse_prefill(params, _in_numpy(prompt), capacity=capacity, dense=profile is None)
+        return params, sparse_prefill(
+            params, _in_numpy(prompt), capacity=capacity, dense=profile is None, impl=self._impl
+        )
 
 
 class _InNumPy:
@@ -121,6 +145,15 @@ class _InNumPy:
 
 def _in_numpy(prompt: Prompt) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in prompt.items()}
+
+
+def _pick_implementation(params: Params) -> Name:
+    """What computes the attention; says so where XLA stands in for the Pallas kernel on a GPU."""
+    try:
+        return implementation_for(params, None)
+    except (NotImplementedError, ImportError) as error:
+        print(f"attention by XLA, not by the Pallas kernel: {error}", file=sys.stderr)
+        return "portable"
 
 
 def pick_device(name: str | None) -> jax.Device:
@@ -154,10 +187,3 @@ def _log_softmax(logits: Array) -> np.ndarray:
     scores = np.asarray(logits, dtype=np.float64)
     scores -= scores.max(axis=-1, keepdims=True)
     return scores - np.log(np.exp(scores).sum(axis=-1, keepdims=True))
-
-
-@partial(jax.jit, static_argnames=("categories", "scale"))
-def _attention(
-    q: Array, k: Array, v: Array, work: AttentionWork, *, categories: tuple[int, ...], scale: float
-) -> Array:
-    return attend(q, k, v, work, categories=categories, window=None, scale=scale, bidirectional=False)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from blindsight_cli.backends import Answer, Facts, Prompt
 from blindsight_cli.errors import IncompatibleError
 from blindsight_cli.loading import load_model, pick_device
+from blindsight_cli.timing import describe_cpu
 from shared_profiles import Layout, SinkTemplate
+from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Profile
+from shared_profiles.split import HELD_OUT
 from torch_blindsight import Handle, calibrate, fingerprint, patch
 from torch_blindsight.implementations import implementation
 from torch_blindsight.models import inspect_model
@@ -30,6 +33,8 @@ class TorchBackend:
         self.model = load_model(folder, dtype=dtype, device=pick_device(device))
         self.version = f"torch {torch.__version__}"
         self.device = str(self.model.device)
+        on_cuda = self.model.device.type == "cuda"
+        self.hardware = torch.cuda.get_device_name(self.model.device) if on_cuda else describe_cpu()[0]
         info = inspect_model(self.model)
         n_parameters = sum(p.numel() for p in self.model.parameters())
         self.facts = Facts(info.family, info.special, fingerprint(self.model, info), info.windows, n_parameters)
@@ -41,11 +46,22 @@ class TorchBackend:
         *,
         dataset: str,
         template: SinkTemplate,
-        thresholds: Thresholds,
+        budget: Budget | None = None,
+        thresholds: Thresholds | None = None,
+        held_out: float | Sequence[Prompt] = HELD_OUT,
         state: Path | None = None,
     ) -> Profile:
         """See `Backend`."""
-        return calibrate(self.model, prompts, dataset=dataset, template=template, thresholds=thresholds, state=state)
+        return calibrate(
+            self.model,
+            prompts,
+            dataset=dataset,
+            template=template,
+            budget=budget,
+            thresholds=thresholds,
+            held_out=held_out,
+            state=state,
+        )
 
     def answer(self, prompt: Prompt, profile: Profile | None, max_new_tokens: int) -> Answer:
         """See `Backend`."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 from blindsight_cli.backends import BackendName, load_backend
 from blindsight_cli.commands.profile import category_table
 from blindsight_cli.errors import ExitCode
+from blindsight_cli.folders import require_writable
 from blindsight_cli.loading import check_family, load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
 from shared_profiles import SinkTemplate
+from shared_profiles.budget import Budget, chosen_point
 from shared_profiles.classifier import Thresholds
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
@@ -29,7 +30,8 @@ def run_calibrate(
     out: Path | None,
     state: Path | None,
     limit: int | None,
-    thresholds: Thresholds,
+    how: Budget | Thresholds,
+    held_out: float,
     template: SinkTemplate,
     backend: BackendName,
     dtype: str,
@@ -44,7 +46,9 @@ def run_calibrate(
         out: where the profile goes; default: beside the checkpoint, where `patch` looks first.
         state: file of the statistics, to go on after an interruption.
         limit: how many prompts to take.
-        thresholds, template: how categories are chosen.
+        how: a budget or thresholds, by which categories are chosen.
+        held_out: share of the prompts that a budget is measured on.
+        template: sinks and local blocks.
         backend, dtype, device: how the model is loaded.
         as_json: print a JSON document instead of a table.
 
@@ -54,13 +58,12 @@ def run_calibrate(
     Raises:
         ValueError, OSError: see `load_backend`, `read_prompts` and the `calibrate` of either library.
     """
-    if thresholds.quantile not in LEVELS:
-        raise ValueError(f"--quantile must be a multiple of 0.05 in [0, 1]. Got {thresholds.quantile}.")
+    check_quantile(how)
     check_family(checkpoint)
     out = out or checkpoint / FILE_NAME
     for name, file in (("--out", out), ("--state", state)):
         if file is not None:
-            _require_writable(name, file)
+            require_writable(name, file)
     prompts = read_prompts(data, limit)
     telling = [prompt for prompt in prompts if len(prompt.images) >= 2]
     if not telling:
@@ -78,7 +81,9 @@ def run_calibrate(
             PromptLoader(telling, data, processor, model.device),
             dataset=data.name,
             template=template,
-            thresholds=thresholds,
+            budget=how if isinstance(how, Budget) else None,
+            thresholds=how if isinstance(how, Thresholds) else None,
+            held_out=held_out,
             state=state,
         )
     except KeyboardInterrupt:
@@ -92,18 +97,29 @@ def run_calibrate(
     return ExitCode.OK
 
 
-def _require_writable(option: str, path: Path) -> None:
-    """Refuses, before the work, a file that could not be written after it."""
-    folder = path.parent
-    if path.is_dir():
-        wrong = "it is a folder"
-    elif not folder.is_dir():
-        wrong = f"there is no folder {folder}"
-    elif not os.access(folder, os.W_OK):
-        wrong = f"the folder {folder} is read-only"
-    else:
-        return
-    raise ValueError(f"{option} must name a file that can be written. Got {path}: {wrong}. Name another.")
+def check_quantile(how: Budget | Thresholds) -> None:
+    """Refuses a quantile that no statistics have."""
+    if isinstance(how, Thresholds) and how.quantile not in LEVELS:
+        raise ValueError(f"--quantile must be a multiple of 0.05 in [0, 1]. Got {how.quantile}.")
+
+
+def tell_choice(profile: Profile) -> None:
+    """Says what a budget bought, or that nothing could be had for it."""
+    if profile.choice["method"] == "budget":
+        if not profile.choice["reached"]:
+            note(
+                f"no head can be sparse for {profile.choice['budget']:g} nats: all are Dense, every prefill will run "
+                "dense. Raise --budget."
+            )
+            return
+        point = chosen_point(profile)
+        assert point is not None
+        note(
+            f"measured on {point.n_prompts} held-out prompts: KL {point.kl:.2g} of the {profile.choice['budget']:g} "
+            f"nats allowed, {point.agreement:.1%} of the next tokens the same, {point.kept:.1%} of the pairs kept"
+        )
+    elif not profile.categories.any():
+        note("no head passed the thresholds: every prefill will run dense. Lower --gamma-dense, or --alpha-last.")
 
 
 def _tell(
@@ -118,6 +134,7 @@ def _tell(
                 "profile": str(out),
                 "digest": profile.fingerprint.digest,
                 "counts": {category.name: n for category, n in profile.counts().items()},
+                "choice": profile.choice,
                 "n_prompts": provenance.n_prompts,
                 "n_skipped": skipped,
                 "n_tokens": provenance.n_tokens,
@@ -132,9 +149,10 @@ def _tell(
     measured = f"{provenance.n_prompts} prompts, {provenance.n_tokens:,} tokens"
     console.print(f"measured {measured} in {seconds:.1f} s", markup=False)
     console.print(f"{'replaced' if replaced else 'saved'} {out}", markup=False, soft_wrap=True)
+    tell_choice(profile)
     if not profile.categories.any():
-        note("no head passed the thresholds: every prefill will run dense. Lower --gamma-dense, or --alpha-last.")
-    elif out == checkpoint / FILE_NAME:
+        return
+    if out == checkpoint / FILE_NAME:
         note("patch() and `blindsight run` find it there by themselves")
     else:
         note(f"use it with `blindsight run --profile {out}` or patch(model, {str(out)!r})")

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from blindsight_cli.errors import ExitCode
 from blindsight_cli.output import note, print_json, results
-from shared_profiles import SPARSE, Category
+from shared_profiles import SPARSE, Category, profile_parts
+from shared_profiles.budget import chosen_point
 from shared_profiles.profile import Profile, diff
 from shared_profiles.summary import Summary
 
@@ -21,13 +22,8 @@ STYLES = {
     Category.INTRA_IMAGE: "green",
     Category.SINK: "magenta",
 }
-# One letter per head, so that the map reads without colours, too.
-LETTERS = {
-    Category.DENSE: "D",
-    Category.INTRA_IMAGE_SINK: "B",
-    Category.INTRA_IMAGE: "I",
-    Category.SINK: "S",
-}
+# One letter per head, so that the map reads without colours, too; the sparser the further right in its table.
+LETTERS = {category: profile_parts.LETTERS[category] for category in STYLES}
 
 
 def show(path: Path, *, as_json: bool) -> int:
@@ -43,7 +39,7 @@ def show(path: Path, *, as_json: bool) -> int:
     if profile.summary is not None:
         console.print()
         console.print(_statistics_table(profile.summary))
-    _print_curve(console, profile)
+    print_curve(console, profile)
     return ExitCode.OK
 
 
@@ -170,16 +166,20 @@ def _statistics(summary: Summary) -> dict[str, dict[str, float]]:
     }
 
 
-def _print_curve(console: Console, profile: Profile) -> None:
+def print_curve(console: Console, profile: Profile) -> None:
+    """The measured points of speed against accuracy, the chosen one marked."""
     if not profile.curve:
         return
-    title = "measured points"
+    chosen = chosen_point(profile)
+    title = "measured points" if chosen is None else "measured points (> chosen)"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in ("kept pairs", "KL (nats)", "accuracy"):
+    for name in ("", "kept pairs", "KL (nats)", "accuracy", "same token", "prompts"):
         table.add_column(name, justify="right")
     for point in profile.curve:
-        accuracy = "" if point.accuracy is None else f"{point.accuracy:.1%}"
-        table.add_row(f"{point.kept:.1%}", f"{point.kl:.2g}", accuracy)
+        accuracy, agreement = ("" if share is None else f"{share:.1%}" for share in (point.accuracy, point.agreement))
+        n_prompts = "" if point.n_prompts is None else str(point.n_prompts)
+        mark = ">" if point == chosen else ""
+        table.add_row(mark, f"{point.kept:.1%}", f"{point.kl:.2g}", accuracy, agreement, n_prompts)
     console.print()
     console.print(table)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from blindsight_cli.report.curve import CurveRow
 from blindsight_cli.report.data import (
     DEMO_LIMITS,
     AccuracyRow,
@@ -21,14 +22,15 @@ from blindsight_cli.report.data import (
     TemplateInfo,
     TimingRow,
     Timings,
-    statistics_from_summary,
 )
+from blindsight_cli.report.from_profile import budget_of, chosen_by, curve_from_profile, statistics_from_summary
 from blindsight_cli.report.render import render, write_report
 
 __all__ = [
     "DEMO_LIMITS",
     "AccuracyRow",
     "CategoryStatistics",
+    "CurveRow",
     "Example",
     "FlopsPoint",
     "KindAccuracy",
@@ -41,6 +43,9 @@ __all__ = [
     "TemplateInfo",
     "TimingRow",
     "Timings",
+    "budget_of",
+    "chosen_by",
+    "curve_from_profile",
     "render",
     "statistics_from_summary",
     "write_report",

@@ -11,7 +11,7 @@ A subclass declares its fields and nothing else:
     Row(**{"name": "a", "values": [1, 2.5]})  == Row("a", (1.0, 2.5))
 
 Construction is the only door: lists and NumPy arrays become tuples, dicts become records, and whatever does not fit
-its declared type raises a `ValueError` that says where it stands. Field types may be `str`, `int`, `float`,
+its declared type raises a `ValueError` that says where it stands. Field types may be `str`, `int`, `float`, `bool`,
 `tuple[X, ...]`, `dict[str, X]`, `X | None` and other records.
 """
 
@@ -102,13 +102,15 @@ def _record(cls: type[Record], value: Any, where: str) -> Record:
 
 
 def _scalar(hint: type, value: Any, where: str) -> Any:
+    if hint is bool and isinstance(value, bool):
+        return value
     if hint is str and isinstance(value, str):
         return str(value)
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    kind = {str: "text", int: "an integer", float: "a finite number"}[hint]
+    kind = {str: "text", int: "an integer", float: "a finite number", bool: "true or false"}[hint]
     raise ValueError(f"{where} must be {kind}. Got {_shown(value)}.")
 
 

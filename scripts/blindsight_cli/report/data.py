@@ -4,6 +4,7 @@ The tree is written by `blindsight demo --json`, read back by `blindsight report
 
     ReportData
       model, categories [L][H], template            which model, and what every head was given
+      curve       (CurveRow, ...)                    measured points of speed against accuracy, and the budget
       statistics  {category: CategoryStatistics}     what calibration measured, per head
       accuracy    (AccuracyRow, ...)                 dense against sparse, one row per number of images
       timings     Timings(rows, machine)             measured seconds; only their ratios mean anything elsewhere
@@ -22,13 +23,11 @@ import base64
 import binascii
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from blindsight_cli.report.codec import Record, at_least, conform, within
+from blindsight_cli.report.curve import CurveRow
 from shared_profiles import categories
-
-if TYPE_CHECKING:
-    from shared_profiles.summary import Summary
 
 FORMAT = "blindsight-report"
 VERSION = 1
@@ -330,6 +329,8 @@ class ReportData(Record):
     provenance: ReportProvenance | None = None
     chosen_by: str = ""
     limits: tuple[str, ...] = DEMO_LIMITS
+    curve: tuple[CurveRow, ...] = ()
+    budget: float | None = None
 
     def _validate(self) -> None:
         shape = (self.model.n_layers, self.model.n_heads)
@@ -363,28 +364,6 @@ class ReportData(Record):
         rest = {key: value for key, value in data.items() if key not in ("format", "version")}
         report: ReportData = conform(ReportData, rest, "report")
         return report
-
-
-def statistics_from_summary(summary: Summary) -> dict[str, CategoryStatistics]:
-    """Takes the report's statistics out of a profile's summary.
-
-    Raises:
-        ValueError: the summary's quantile levels lack 5%, 50% or 95%.
-    """
-    q05, q50, q95 = (summary.level_index(level) for level in (0.05, 0.5, 0.95))
-    table = {
-        category.name: {
-            "mass_mean": summary.mass_mean[category],
-            "mass_q05": mass[..., q05],
-            "mass_q50": mass[..., q50],
-            "mass_q95": mass[..., q95],
-            "error_mean": summary.error_mean[category],
-            "kept": summary.kept[category],
-        }
-        for category, mass in summary.mass.items()
-    }
-    statistics: dict[str, CategoryStatistics] = conform(dict[str, CategoryStatistics], table, "statistics")
-    return statistics
 
 
 def _has_shape(name: str, rows: tuple[tuple[Any, ...], ...], shape: tuple[int, int]) -> None:

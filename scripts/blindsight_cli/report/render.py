@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from blindsight_cli.report import charts, figures, heads
+from blindsight_cli.report import charts, curve, figures, heads
 from blindsight_cli.report.data import AccuracyRow, KindAccuracy, ReportData, TimingRow
 from shared_profiles._atomic import write_atomically
 
@@ -36,11 +36,11 @@ def render(data: ReportData) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {name: getattr(figures, name) for name in _FILTERS}
-    script = _asset("script.js")
+    script = asset("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.from_string(_asset("template.html")).render(
+    return environment.from_string(asset("template.html")).render(
         data=data,
-        style=Markup(_asset("style.css")),
+        style=Markup(asset("style.css")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
         labels=heads.LABELS,
@@ -53,6 +53,7 @@ def render(data: ReportData) -> str:
         kinds=_kinds(data.accuracy),
         head_rows=_head_rows(data),
         charts=charts,
+        curve=curve,
         heads=heads,
     )
 
@@ -66,7 +67,8 @@ def write_report(data: ReportData, path: str | os.PathLike[str]) -> None:
     write_atomically(path, render(data).encode())
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a file of the report: its style, script or a template."""
     return resources.files(__package__ or "blindsight_cli.report").joinpath(name).read_text(encoding="utf-8")
 
 

@@ -1,0 +1,121 @@
+"""`blindsight profile retune`: other categories from a profile's own statistics, with no new calibration.
+
+a budget                   the cheapest measured point of the stored curve within it
+a budget, prompts          the whole search again, measured on these prompts
+thresholds                 what they give
+thresholds, prompts        and what it costs, measured on these prompts
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from blindsight_cli.backends import BackendName, load_backend
+from blindsight_cli.commands.calibrate import check_quantile, tell_choice
+from blindsight_cli.commands.profile import category_table, print_curve
+from blindsight_cli.errors import ExitCode
+from blindsight_cli.folders import require_writable
+from blindsight_cli.held_out import HeldOut
+from blindsight_cli.loading import load_processor
+from blindsight_cli.output import note, print_json, results
+from blindsight_cli.prompt_file import PromptLoader, read_prompts
+from shared_profiles.budget import Budget, chosen_point, retune, retune_by_thresholds, tune, verify
+from shared_profiles.classifier import Thresholds
+from shared_profiles.profile import Profile
+from shared_profiles.provenance import dataset_hash
+
+
+def run_retune(
+    *,
+    path: Path,
+    how: float | Thresholds,
+    ranking: str | None,
+    verify_with: tuple[Path, Path] | None,
+    out: Path | None,
+    backend: BackendName,
+    device: str | None,
+    as_json: bool,
+) -> int:
+    """Retunes a profile and saves it.
+
+    Args:
+        path: the profile.
+        how: a budget in nats, or thresholds.
+        ranking: what orders the heads of a new search; default: what ordered them before, else the best there is.
+        verify_with: a checkpoint folder and a JSONL file of prompts that the profile was not made from.
+        out: where the new profile goes; default: in place of the old one.
+        backend, device: how the checkpoint is loaded.
+        as_json: print a JSON document instead of tables.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ValueError, OSError: the profile has no such statistics or points, or the prompts cannot be used.
+    """
+    profile = Profile.load(path)
+    out = out or path
+    require_writable("--out", out)
+    check_quantile(Budget(how) if isinstance(how, float) else how)
+    if ranking is not None and (verify_with is None or not isinstance(how, float)):
+        raise ValueError("--ranking orders the heads of a new search: give --budget and --verify CHECKPOINT PROMPTS.")
+    if verify_with is None:
+        new = retune(profile, how) if isinstance(how, float) else retune_by_thresholds(profile, how)
+    else:
+        new = _measured(profile, how, ranking, *verify_with, backend, device)
+    new.save(out)
+    _tell(new, out, as_json=as_json)
+    return ExitCode.OK
+
+
+def _measured(
+    profile: Profile,
+    how: float | Thresholds,
+    ranking: str | None,
+    checkpoint: Path,
+    data: Path,
+    backend: BackendName,
+    device: str | None,
+) -> Profile:
+    """The profile retuned, and measured on the prompts of a file."""
+    prompts = read_prompts(data)
+    model = load_backend(backend, checkpoint, device=device)
+    profile.require(model.facts.fingerprint)
+    held = HeldOut(model, profile, PromptLoader(prompts, data, load_processor(checkpoint), model.device))
+    if profile.provenance is not None and profile.provenance.dataset_hash == held.digest:
+        raise ValueError(f"{data}: a profile must be verified on other prompts than it was made from. Name another.")
+    if isinstance(how, Thresholds):
+        return verify(retune_by_thresholds(profile, how), held)
+    budget = Budget(how, ranking or _ranking(profile))
+    # Points measured on other prompts do not belong to this search's curve.
+    return tune(replace(profile, curve=()), budget, held, held_out=dataset_hash(held.prompts))
+
+
+def _ranking(profile: Profile) -> str:
+    """What ordered a profile's heads, else the best that its statistics have."""
+    harm = {} if profile.summary is None else profile.summary.harm
+    best = next((name for name in ("gradient", "residual") if name in harm), "error")
+    return str(profile.choice.get("ranking", best))
+
+
+def _tell(profile: Profile, out: Path, *, as_json: bool) -> None:
+    """Says what was chosen, and which measured point stands behind it."""
+    point = chosen_point(profile)
+    if as_json:
+        print_json(
+            {
+                "profile": str(out),
+                "counts": {category.name: n for category, n in profile.counts().items()},
+                "choice": profile.choice,
+                "point": None if point is None else {k: v for k, v in vars(point).items() if k != "heads"},
+            }
+        )
+        return
+    console = results()
+    console.print(category_table(profile))
+    print_curve(console, profile)
+    console.print(f"saved {out}", markup=False, soft_wrap=True)
+    tell_choice(profile)
+    if point is None:
+        note("no measured point has these categories: measure them with --verify CHECKPOINT PROMPTS")

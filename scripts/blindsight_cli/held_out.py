@@ -1,0 +1,62 @@
+"""Measuring a choice of categories on prompts, whatever framework runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from blindsight_cli.backends import Backend, Prompt
+from shared_profiles.budget import Measured, divergence
+from shared_profiles.profile import Profile
+from shared_profiles.provenance import dataset_hash, prompt_digest
+from shared_profiles.split import require_held_out
+
+
+class HeldOut:
+    """Prompts and what the dense model answers; calling it measures a choice of categories.
+
+    Args:
+        model: the model.
+        profile: whose template the sparse prefills have.
+        prompts: one or more rows each, without videos. Those where a row has fewer than two images are left out.
+
+    Attributes:
+        prompts: those that are measured, by the digest of their content.
+
+    Raises:
+        ValueError: no prompt has two images.
+    """
+
+    def __init__(self, model: Backend, profile: Profile, prompts: Iterable[Prompt]) -> None:
+        self._model, self._profile = model, profile
+        self.prompts: dict[str, Prompt] = {}
+        n = 0
+        for prompt in prompts:
+            n += 1
+            if all(layout.n_images >= 2 for layout in model.facts.layouts(prompt)):
+                self.prompts[prompt_digest({name: x.cpu().numpy() for name, x in prompt.items()})] = prompt
+        require_held_out(len(self.prompts), n)
+        self.dense = np.concatenate([model.next_token(x, None)[0] for x in self.prompts.values()])  # [N, V]
+
+    @property
+    def digest(self) -> str:
+        """One hash of all of them."""
+        return dataset_hash(self.prompts)
+
+    def log_probs(self, categories: np.ndarray) -> np.ndarray:
+        """The next tokens with categories `[L, H]`: `[N, V]` float32.
+
+        Raises:
+            RuntimeError: a prefill that should have run sparse did not.
+        """
+        profile = replace(self._profile, categories=categories, curve=())
+        found, ran = zip(*(self._model.next_token(x, profile) for x in self.prompts.values()), strict=True)
+        if profile.categories.any() and set(ran) != {"sparse"}:
+            raise RuntimeError(f"all {len(self.prompts)} prefills must have run sparse. Got {sorted(set(ran))}.")
+        return np.concatenate(found)
+
+    def __call__(self, categories: np.ndarray) -> Measured:
+        """Measures categories `[L, H]`."""
+        return divergence(self.dense, self.log_probs(categories))

@@ -1,0 +1,228 @@
+"""The budget: one number, the KL divergence of the next token that sparsity may cost, chooses all categories.
+
+    Summary ──► Path ──► bisect on the KL measured on held-out prompts ──► Profile: categories and the measured curve
+
+The path only says in which order heads are made cheaper; how far to go along it is measured, never estimated. Every
+measured point stays in the profile, so another budget can be served from it without the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from shared_profiles._values import rounded
+from shared_profiles.categories import Category
+from shared_profiles.classifier import Thresholds, classify
+from shared_profiles.path import kept_pairs, pairs_of, path_of
+from shared_profiles.profile import CurvePoint, Profile
+from shared_profiles.profile_parts import heads_of
+from shared_profiles.summary import RANKINGS, Summary
+
+EVALUATIONS = 12
+"""Choices that a search measures at most."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What sparsity may cost.
+
+    Attributes:
+        kl: mean KL divergence from the dense model of the next-token distribution at the answer, in nats.
+        ranking: one of `RANKINGS`: what orders the heads.
+
+    Raises:
+        ValueError: the divergence is not a finite number of at least 0, or there is no such ranking.
+    """
+
+    kl: float = 0.01
+    ranking: str = "gradient"
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.kl, int | float) and not isinstance(self.kl, bool)
+        if not number or not math.isfinite(self.kl) or self.kl < 0:
+            raise ValueError(f"the budget must be a finite number of nats, at least 0. Got {self.kl!r}. Try 0.01.")
+        object.__setattr__(self, "kl", rounded(self.kl))
+        check_ranking(self.ranking)
+
+
+def check_ranking(ranking: str) -> None:
+    """Refuses what is no ranking.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if ranking not in RANKINGS:
+        raise ValueError(f"the ranking must be one of {', '.join(RANKINGS)}. Got {ranking!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one choice of categories did to N held-out prompts.
+
+    Attributes:
+        kl: `[N]` float64, KL divergence of the next token from the dense model's, in nats; rounding may take it a
+            little below 0.
+        agree: `[N]` bool, whether the likeliest next token is the dense model's.
+    """
+
+    kl: np.ndarray
+    agree: np.ndarray
+
+
+type Measure = Callable[[np.ndarray], Measured]
+"""Runs the held-out prompts with categories `[L, H]`."""
+
+
+def divergence(dense: np.ndarray, sparse: np.ndarray) -> Measured:
+    """What separates two models' next tokens.
+
+    Args:
+        dense, sparse: `[N, V]` log-probabilities.
+    """
+    p = np.asarray(dense, dtype=np.float64)
+    q = np.asarray(sparse, dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # 0 * (-inf - -inf): an impossible token
+        terms = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q))
+    return Measured(terms.sum(axis=-1), p.argmax(axis=-1) == q.argmax(axis=-1))
+
+
+def tune(profile: Profile, budget: Budget, measure: Measure, *, held_out: str | None = None) -> Profile:
+    """The cheapest choice on the path of a profile's statistics whose measured divergence is within the budget.
+
+    The last step of the path is measured first, then the step halfway between the dearest one known to pass and the
+    cheapest one known to fail, at most `EVALUATIONS` in all. The chosen point itself has always been measured, unless
+    it is all-Dense, which differs from the dense model in nothing. Where measured divergence rises along the path and
+    the path has at most 2,047 moves, no other point of the path within the budget computes less.
+
+    Args:
+        profile: a profile with statistics; its categories, choice and curve are replaced.
+        budget: what is allowed.
+        measure: runs the held-out prompts.
+        held_out: hash of the held-out prompts, kept in `choice`.
+
+    Returns:
+        The profile. `choice` holds the budget, the ranking, the chosen point's divergence and `"reached"`: false if
+        no head could be made sparse within the budget, so that all are Dense.
+
+    Raises:
+        ValueError: the profile has no statistics or not this ranking, or nothing can be measured.
+    """
+    path = path_of(statistics_of(profile), budget.ranking)
+    points: dict[int, CurvePoint] = {}
+
+    def evaluate(step: int) -> bool:
+        points[step] = point_of(profile, path.categories(step), measure)
+        return points[step].kl <= budget.kl
+
+    passes, fails, next_step = 0, len(path) + 1, len(path)
+    while fails - passes > 1 and len(points) < EVALUATIONS:
+        if evaluate(next_step):
+            passes = next_step
+        else:
+            fails = next_step
+        next_step = (passes + fails) // 2
+    n_prompts = next((point.n_prompts for point in points.values()), None)
+    dense = path.categories(0)
+    points[0] = CurvePoint(1.0, 0.0, agreement=1.0, n_prompts=n_prompts, heads=heads_of(dense))
+    curve = tuple(points[step] for step in sorted(points))
+    chosen = _chosen(points[passes], budget.kl, ranking=budget.ranking, held_out=held_out)
+    return replace(profile, **chosen, curve=curve)
+
+
+def retune(profile: Profile, budget: float) -> Profile:
+    """The same from a profile's stored curve: its cheapest measured point within another budget. Nothing is measured.
+
+    Raises:
+        ValueError: the budget is no finite number of at least 0, or the curve has no point whose categories are known.
+    """
+    allowed = Budget(budget).kl
+    known = [point for point in profile.curve if point.heads is not None]
+    if not known:
+        raise ValueError(
+            "a profile must have a measured curve to be retuned to a budget without the model. Got none: it was not "
+            "made with a budget. Measure one: blindsight profile retune --budget X --verify CHECKPOINT PROMPTS."
+        )
+    within = [point for point in known if point.kl <= allowed]
+    if not within:
+        raise ValueError(
+            f"the curve must have a point within the budget of {allowed:g} nats. Its points go from "
+            f"{min(point.kl for point in known):g} on. Allow more, or measure again with --verify."
+        )
+    chosen = min(within, key=lambda point: (point.kept, point.kl))
+    kept = {key: profile.choice[key] for key in ("ranking", "held_out") if key in profile.choice}
+    return replace(profile, **_chosen(chosen, allowed, **kept))
+
+
+def retune_by_thresholds(profile: Profile, thresholds: Thresholds) -> Profile:
+    """The profile with the categories that thresholds on retained mass give; its curve stays as it is.
+
+    Raises:
+        ValueError: it has no statistics, or not the quantile.
+    """
+    categories = classify(statistics_of(profile), thresholds)
+    return replace(profile, categories=categories, choice=thresholds.to_choice())
+
+
+def verify(profile: Profile, measure: Measure) -> Profile:
+    """Measures a profile's own categories; the point joins the curve, in place of one of the same categories."""
+    point = point_of(profile, profile.categories, measure)
+    others = [other for other in profile.curve if other.heads != point.heads]
+    return replace(profile, curve=tuple(sorted((*others, point), key=lambda p: (-p.kept, p.kl))))
+
+
+def chosen_point(profile: Profile) -> CurvePoint | None:
+    """The measured point of the curve whose categories the profile has; None if these were not measured."""
+    heads = heads_of(profile.categories)
+    return next((point for point in profile.curve if point.heads == heads), None)
+
+
+def point_of(profile: Profile, categories: np.ndarray, measure: Measure) -> CurvePoint:
+    """One measured point.
+
+    Raises:
+        ValueError: nothing was measured, or the divergence is not a number.
+    """
+    measured = measure(categories)
+    kl = float(measured.kl.mean()) if len(measured.kl) else math.nan
+    if not math.isfinite(kl):
+        raise ValueError(
+            f"the divergence on held-out prompts must be a finite number. Got {kl} over {len(measured.kl)} prompts. "
+            "Are the model's weights in order, and is its dtype wide enough?"
+        )
+    return CurvePoint(
+        kept=kept_pairs(categories, pairs_of(statistics_of(profile))),
+        kl=max(kl, 0.0),
+        agreement=float(measured.agree.mean()),
+        n_prompts=len(measured.kl),
+        heads=heads_of(categories),
+    )
+
+
+def statistics_of(profile: Profile) -> Summary:
+    """A profile's statistics.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if profile.summary is None:
+        raise ValueError("the profile must hold statistics to choose from. Got one made by hand. Run calibrate.")
+    return profile.summary
+
+
+def _chosen(point: CurvePoint, allowed: float, **more: str | None) -> dict[str, Any]:
+    """The fields of a profile that takes a measured point."""
+    assert point.categories is not None
+    choice = {
+        "method": "budget",
+        "budget": allowed,
+        "kl": point.kl,
+        "reached": bool((point.categories != Category.DENSE).any()),
+        "held_out_prompts": point.n_prompts,
+        **{key: value for key, value in more.items() if value is not None},
+    }
+    return {"categories": point.categories, "choice": choice}

@@ -1,0 +1,86 @@
+"""The held-out split: disjoint, decided by content alone, and never what was calibrated on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from profile_strategies import fingerprint
+from shared_profiles.collection import collect
+from shared_profiles.split import Given, Split, is_held_out, require_held_out
+from shared_profiles.statistics import PromptStatistics, Statistics
+from shared_profiles.template import SinkTemplate
+
+PAIRS = np.outer([10, 3, 4, 5], [1, 1])
+
+
+def measure(prompt: int) -> PromptStatistics | None:
+    """Prompts of even numbers have one image."""
+    table = np.full((3, 2, 3), prompt / 1000)
+    return PromptStatistics(50, 2, 20, table, table, PAIRS) if prompt % 2 else None
+
+
+def run(prompts, **options) -> Statistics:
+    arrays = options.pop("arrays", lambda prompt: {"input_ids": np.array([prompt])})
+    return collect(prompts, measure, arrays, fingerprint(), SinkTemplate(), **options)
+
+
+def test_the_halves_are_disjoint_whole_and_the_same_in_every_order():
+    split, again = Split(0.25), Split(0.25)
+    calibrated = run(range(400), split=split)
+    assert run([*reversed(range(400)), *range(9)], split=again) == calibrated
+    assert set(split.prompts) == set(again.prompts)
+    assert not set(split.prompts) & set(calibrated.prompt_ids)
+    odd = sum(prompt % 2 for prompt in split.prompts.values())
+    assert len(calibrated) + odd == 200
+    assert 70 < len(split.prompts) < 130
+    # A larger data set moves nobody.
+    grown = Split(0.25)
+    run(range(500), split=grown)
+    assert {i for i, prompt in grown.prompts.items() if prompt < 400} == set(split.prompts)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_the_share_is_kept(share):
+    held = [is_held_out(f"{i:032x}", share) for i in range(4000)]
+    assert np.mean(held) == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan"), True])
+def test_a_share_refuses(share):
+    with pytest.raises(ValueError, match=r"held_out must be a share of the prompts in \(0, 1\)"):
+        Split(share)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_split(tmp_path):
+    whole, state = run(range(99), split=Split(0.3)), tmp_path / "state.npz"
+
+    def interrupted(n):
+        yield from range(n)
+        raise KeyboardInterrupt
+
+    for n in (20, 60):
+        with pytest.raises(KeyboardInterrupt):
+            run(interrupted(n), split=Split(0.3), state=state)
+    split = Split(0.3)
+    assert run(range(99), split=split, state=state) == whole == Statistics.load(state)
+    assert not set(split.prompts) & set(whole.prompt_ids)
+
+
+def test_what_was_calibrated_on_is_never_measured_on(tmp_path):
+    state = tmp_path / "state.npz"
+    run(range(99), state=state)
+    with pytest.raises(ValueError, match=r"must not be calibrated on. The state .* was begun without this split"):
+        run(range(99), split=Split(0.3), state=state)
+    ids = Split(0.999999)
+    with pytest.raises(ValueError, match=r"Got none \(0 prompts with fewer, 9 held out\)"):
+        run(range(9), split=ids)
+    with pytest.raises(ValueError, match=r"held-out prompts must not be calibrated on\. Got prompt .* in both"):
+        run(range(9), split=Given(ids.prompts))
+    assert len(run(range(9, 19), split=Given(ids.prompts))) == 5
+
+
+def test_an_empty_half_is_refused():
+    require_held_out(1, 1)
+    with pytest.raises(ValueError, match=r"at least two images. Got none \(3 prompts held out\). Pass more prompts"):
+        require_held_out(0, 3)

@@ -1,0 +1,287 @@
+"""Calibration by a budget in torch: the gradients are true, memory stays linear, what is chosen was measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from shared_profiles import SPARSE, Category, SinkTemplate
+from shared_profiles.budget import Budget, chosen_point, retune
+from shared_profiles.classifier import Thresholds
+from shared_profiles.profile import Profile
+from shared_profiles.statistics import Statistics
+from tiny_models import (
+    IMAGE_TOKENS,
+    double_model,
+    family_names,
+    in_double,
+    make_ids,
+    make_inputs,
+    make_model,
+    patch,
+)
+from torch_blindsight import calibrate
+from torch_blindsight.gradient import GradientMode, fisher_vector, measure_with_gradient
+from torch_blindsight.implementations import implementation
+from torch_blindsight.models import inspect_model
+from torch_blindsight.patching import Handle
+from torch_blindsight.residual import ResidualStream
+
+SMALL = SinkTemplate((0, 1), (1, 2), 8)
+QUIET = dict(template=SMALL, progress=False)
+
+
+def prompts_of(family, n, first=0):
+    return [make_inputs(family, [make_ids(2 + i % 3, seed=i)], seed=i) for i in range(first, first + n)]
+
+
+def measure(model, inputs, *, stream=False):
+    """One prompt's observer, gradient and all."""
+    info = inspect_model(model)
+    chosen = implementation("portable", model, info)
+    with ResidualStream(model, info) as noted:
+        mode = GradientMode(info, SMALL, chosen.attend, noted if stream else None)
+        with Handle(model, info, mode, chosen) as handle:
+            handle.install()
+            return measure_with_gradient(model, mode, inputs)
+
+
+seen: dict[int, torch.Tensor] = {}
+
+
+def keeping_attention(module, query, key, value, attention_mask, **kwargs):
+    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    seen[module.layer_idx] = out
+    out.retain_grad()
+    return out, None
+
+
+AttentionInterface.register("keeping", keeping_attention)
+AttentionMaskInterface.register("keeping", sdpa_mask)
+
+
+@family_names
+def test_the_harm_is_that_of_one_whole_backward_pass(family, monkeypatch):
+    """Against autograd through the unpatched model; the changes are those between two forwards' outputs."""
+    model = double_model(family)
+    inputs = in_double(make_inputs(family, [make_ids(3)]))
+    vectors = []
+    monkeypatch.setattr(
+        "torch_blindsight.gradient.fisher_vector",
+        lambda logits, seed: vectors.append(fisher_vector(logits, seed)) or vectors[-1],
+    )
+    changes = {}
+    portable = implementation("portable", model, inspect_model(model)).attend
+    flags = [p.requires_grad for p in model.parameters()]
+    observer = measure(model, inputs)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+
+    def noting(q, k, v, layouts, categories, template, *, scale, window):
+        out = portable(q, k, v, layouts, categories, template, scale=scale, window=window)
+        changes.setdefault(categories[0], []).append(out[0])
+        return out
+
+    info = inspect_model(model)
+    mode = GradientMode(info, SMALL, noting)
+    with Handle(model, info, mode, implementation("portable", model, info)) as handle:
+        handle.install()
+        measure_with_gradient(model, mode, inputs)
+
+    model.set_attn_implementation({"text_config": "keeping"})
+    logits = model(**inputs, use_cache=False).logits[:, -1]
+    (vectors[0] * logits.float()).sum().backward()
+    model.set_attn_implementation({"text_config": "sdpa"})
+    model.zero_grad()
+    begin = 4 + np.arange(3) * (IMAGE_TOKENS + 2 + 3)
+    rows = np.concatenate([np.arange(b + 1, b + 1 + IMAGE_TOKENS) for b in begin[1:]])
+    for layer in range(4):
+        gradient = seen[layer].grad[0]
+        # The forward computed all layers densely once; then the layers came again, the last first.
+        dense = changes[Category.DENSE][4 + 3 - layer][0]
+        for c, category in enumerate(SPARSE):
+            change = changes[category][3 - layer][0] - dense
+            steered = (change * gradient)[rows].sum(dim=(0, 2))
+            np.testing.assert_allclose(observer.harm["gradient"][0, c, layer], steered.square() / 2, rtol=2e-4)
+    assert (observer.harm["gradient"][:, :, :3] > 0).mean() > 0.9
+    assert not observer.harm["gradient"][:, :, 3].any(), "nothing reads image tokens of the last output"
+
+
+@family_names
+def test_the_ranking_without_gradient_is_that_of_the_residual_stream(family):
+    """What a layer adds to the stream, once with and once without a head's change."""
+    model = make_model(family)
+    with torch.no_grad():
+        for layer in model.get_submodule("model.language_model.layers"):
+            layer.self_attn.o_proj.weight.mul_(1.5)
+        # A fresh Gemma projects pictures to zeros.
+        if family == "gemma3":
+            model.model.multi_modal_projector.mm_input_projection_weight.normal_(0, 0.2)
+    info = inspect_model(model)
+    observed = measure(model, make_inputs(family, [make_ids(3)]), stream=True)
+    assert (observed.harm["residual"] > 0).all() and np.isfinite(observed.harm["residual"]).all()
+    layer = model.get_submodule("model.language_model.layers")[1]
+    stream = ResidualStream(model, info)
+    torch.manual_seed(0)
+    hidden, dense = torch.randn(1, 5, 64), torch.randn(1, 5, 4, 16)
+    with stream:
+        for module in model.get_submodule("model.language_model.layers"):
+            for hook in module._forward_pre_hooks.values():
+                hook(module, (hidden,), {})
+    change = torch.zeros(5, 4, 16)
+    change[:, 2] = 1e-3 * torch.randn(5, 16)
+    moved = stream.moved(1, 0, torch.arange(5), dense, change)
+
+    def added(out):
+        projected = layer.self_attn.o_proj(out.flatten(1))
+        if family != "gemma3":
+            return projected
+        # The norm's scale is held: it is a property of the row, which one head hardly changes.
+        norm = layer.post_attention_layernorm(layer.self_attn.o_proj(dense[0].flatten(1)))
+        return projected * (norm.norm(dim=1) / layer.self_attn.o_proj(dense[0].flatten(1)).norm(dim=1))[:, None]
+
+    difference = (added(dense[0] + change) - added(dense[0])).norm(dim=1)
+    torch.testing.assert_close(moved[:, 2], (difference / hidden[0].norm(dim=1)).square(), rtol=1e-3, atol=1e-12)
+    assert not moved[:, [0, 1, 3]].any()
+
+
+def test_the_fisher_vector_has_the_fisher_covariance():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 5)
+    p = logits.softmax(-1)[0]
+    vectors = fisher_vector(logits.expand(20_000, 5), seed=1)
+    want = torch.diag(p) - p[:, None] * p
+    torch.testing.assert_close(vectors.T @ vectors / len(vectors), want, rtol=0, atol=0.006)
+    torch.testing.assert_close(vectors.sum(1), torch.zeros(len(vectors)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(fisher_vector(logits, seed=2), fisher_vector(logits, seed=2))
+    # More tokens than are rotated, and two alone, which leave nothing to chance.
+    many = torch.randn(1, 40) * 2
+    p = many.softmax(-1)[0]
+    vectors = fisher_vector(many.expand(20_000, 40), seed=3)
+    torch.testing.assert_close(vectors.T @ vectors / len(vectors), torch.diag(p) - p[:, None] * p, rtol=0, atol=0.01)
+    two = torch.tensor([[0.3, -1.2]])
+    p = two.softmax(-1)[0]
+    for seed in range(4):
+        vector = fisher_vector(two, seed)[0]
+        torch.testing.assert_close(vector[:, None] * vector, torch.diag(p) - p[:, None] * p)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operator returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_no_tensor_of_the_backward_pass_grows_with_the_square(family):
+    model = make_model(family, n_layers=2)
+    elements = []
+    for n_images in (20, 40):
+        inputs = make_inputs(family, [make_ids(n_images)])
+        with Largest() as largest:
+            measure(model, inputs)
+        elements.append(largest.elements)
+        n = inputs["input_ids"].shape[1]
+    assert elements[1] < 2.6 * elements[0]
+    assert elements[1] < 4 * n * n / 2, "less than half of all scores of four heads"
+
+
+@family_names
+def test_what_is_chosen_is_within_the_budget_and_was_measured(family):
+    model, prompts = make_model(family, n_layers=2), prompts_of(family, 12)
+    profile = calibrate(model, iter(prompts), budget=0.03, held_out=0.4, dataset="puzzles", **QUIET)
+    assert profile.choice["method"] == "budget" and profile.choice["ranking"] == "gradient"
+    assert set(profile.summary.harm) == {"gradient", "residual"}
+    point = chosen_point(profile)
+    assert point.kl <= 0.03 and point.kl == profile.choice["kl"] and 2 <= len(profile.curve) <= 13
+    held = profile.choice["held_out_prompts"]
+    assert held + profile.summary.n_prompts == profile.provenance.n_prompts == 12
+    assert profile.provenance.n_tokens == sum(x["input_ids"].shape[1] for x in prompts)
+    assert Profile.from_json(profile.to_json()) == profile
+    # The number is what a user of the patch would measure on these prompts.
+    given = calibrate(model, prompts[:8], budget=0.03, held_out=prompts[8:], **QUIET)
+    dearest = [p for p in given.curve if p.heads is not None and p.categories.any()]
+    with torch.no_grad():
+        log_probs = {None: [], 0: []}
+        for x in prompts[8:]:
+            log_probs[None].append(model(**x).logits[0, -1].log_softmax(-1))
+        with patch(model, retune(given, dearest[-1].kl)):
+            for x in prompts[8:]:
+                log_probs[0].append(model(**x).logits[0, -1].log_softmax(-1))
+    p, q = (torch.stack(x).double() for x in (log_probs[None], log_probs[0]))
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    assert dearest[-1].kl == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
+    assert dearest[-1].n_prompts == 4
+
+
+@pytest.mark.parametrize("ranking", ["residual", "error"])
+def test_rankings_without_a_gradient(ranking):
+    model, prompts = make_model("qwen2_5_vl"), prompts_of("qwen2_5_vl", 6)
+    profile = calibrate(model, prompts[:4], budget=Budget(0.05, ranking), held_out=prompts[4:], **QUIET)
+    assert profile.choice["ranking"] == ranking
+    assert set(profile.summary.harm) == ({"residual"} if ranking == "residual" else set())
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_a_killed_run_counts_no_prompt_twice_and_ends_with_the_same_bits(tmp_path):
+    model, prompts = make_model("qwen2_5_vl", n_layers=2), prompts_of("qwen2_5_vl", 8)
+    options = dict(budget=0.05, held_out=0.4) | QUIET
+    whole = calibrate(model, prompts, state=tmp_path / "whole.npz", **options)
+
+    def interrupted(after):
+        yield from prompts[:after]
+        raise KeyboardInterrupt
+
+    state = tmp_path / "state.npz"
+    for after in (3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, interrupted(after), state=state, **options)
+        assert not hasattr(model, "_blindsight_handle") and all(p.requires_grad for p in model.parameters())
+    resumed = calibrate(model, prompts, state=state, **options)
+    assert state.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert Statistics.load(state).rankings == ("gradient", "residual")
+    assert (resumed.summary, resumed.curve, resumed.choice) == (whole.summary, whole.curve, whole.choice)
+    with pytest.raises(ValueError, match="rankings"):
+        calibrate(model, prompts, state=state, thresholds=Thresholds(), **QUIET)
+
+
+def test_what_cannot_be_searched_is_refused():
+    model, prompts = make_model("qwen2_5_vl"), prompts_of("qwen2_5_vl", 3)
+    lone = [make_inputs("qwen2_5_vl", [make_ids(1, seed=i)]) for i in range(4)]
+    with pytest.raises(ValueError, match=r"by a budget or by thresholds\. Got both"):
+        calibrate(model, prompts, budget=0.1, thresholds=Thresholds(), **QUIET)
+    with pytest.raises(ValueError, match=r"the budget must be a finite number of nats.* Got -1"):
+        calibrate(model, prompts, budget=-1, **QUIET)
+    with pytest.raises(ValueError, match=r"held_out must be a share of the prompts in \(0, 1\)"):
+        calibrate(model, prompts, held_out=1.0, **QUIET)
+    with pytest.raises(ValueError, match=r"the held-out split must have.*Got none \(0 prompts held out\)"):
+        calibrate(model, prompts, held_out=1e-9, **QUIET)
+    with pytest.raises(ValueError, match=r"the held-out split must have.*Got none \(4 prompts held out\)"):
+        calibrate(model, prompts, held_out=lone, **QUIET)
+    with pytest.raises(ValueError, match="calibration needs prompts with at least two images"):
+        calibrate(model, lone, held_out=0.4, **QUIET)
+    with pytest.raises(ValueError, match="must not be calibrated on"):
+        calibrate(model, prompts, held_out=prompts[:1], **QUIET)
+    assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "_blindsight_handle")
+
+
+def test_a_budget_of_nothing_buys_what_nobody_reads():
+    """Nothing reads the image tokens of the last layer's output: its heads are sparse for free, and no others."""
+    model, prompts = make_model("qwen2_5_vl"), prompts_of("qwen2_5_vl", 4)
+    profile = calibrate(model, prompts[:2], budget=0.0, held_out=prompts[2:], **QUIET)
+    assert (profile.categories[3] == Category.SINK).all() and not profile.categories[:3].any()
+    assert not profile.summary.harm_of("gradient")[3].any() and profile.summary.harm_of("residual")[3].any()

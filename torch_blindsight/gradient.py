@@ -1,0 +1,163 @@
+"""What each head's change would do to the answer, from one backward pass through the dense model.
+
+To second order a change of the logits by `d` costs `KL = 1/2 d^T F d`, where `F = diag(p) - p p^T` is the Fisher
+information of the next-token distribution `p`. A random vector `xi` with `E[xi xi^T] = F` turns that into one number:
+`KL = 1/2 E[(xi . d)^2]`. With `g` the gradient of `xi . logits` by a head's dense outputs, a change of these outputs
+costs `1/2 (sum over rows of g . change)^2` (to first order in the network), an unbiased estimate from one backward pass
+however sure the model is: gradients of `log p(y)` of its own answer vanish where it is sure, and rank far worse.
+
+The backward pass goes layer by layer, each recomputed from what it read:
+
+    forward, keeping each layer's input ──► logits ──► d/d(last output)
+    layer L-1 again ──► d/d(its o), d/d(its input) ──► layer L-2 again ──► ...
+
+so that one layer's graph exists at a time, and memory grows with the prompt, not with its square.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared_profiles import Category, Layout, SinkTemplate
+from torch_blindsight.attention import Prefill, announce
+from torch_blindsight.observe import ObserveMode, Observer
+from torch_blindsight.portable import portable_attention
+from torch_blindsight.residual import decoder_layers
+
+# Of so many of the likeliest next tokens the randomness is reduced; the cube of it is spent.
+_ROTATED = 32
+
+
+class GradientMode(ObserveMode):
+    """Measures prompts whose gradients follow; a `Mode`. `measure_with_gradient` drives it."""
+
+    observer: GradientObserver | None
+
+    def _observer(self, layouts: list[Layout]) -> Observer:
+        return GradientObserver(layouts, self.info, self.template, self._attend, self._stream)
+
+
+class GradientObserver(Observer):
+    """Runs dense in the forward; measures each layer when it is computed again, once its gradient is known."""
+
+    again = False  # whether layers are being computed again
+    _seen: tuple[Tensor, tuple[Tensor, Tensor, Tensor, float, int | None]] | None = None
+
+    def attend(
+        self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Dense attention of one layer, `[B, T, H, D]`; differentiable and kept for `measure` the second time."""
+        if not self.again:
+            heads = [Category.DENSE] * q.shape[1]
+            return self._attend(q, k, v, self.layouts, heads, self.template, scale=scale, window=window)[0]
+        out = differentiable_dense(q, k, v, self.layouts, self.template, scale, window)
+        self._seen = out, (q.detach(), k.detach(), v.detach(), scale, window)
+        return out
+
+    def backward(self, calls: list[tuple[Any, tuple, dict[str, Any]]], gradient: Tensor) -> None:
+        """Computes every layer again, the last first, and measures it with its gradient.
+
+        Args:
+            calls: the layers with the arguments they were called with; the first argument is what they read.
+            gradient: `[B, T, E]`, by the last layer's output.
+        """
+        self.again = True
+        announce(Prefill(self.layouts, 0, self.attend, differentiable=True))
+        try:
+            for number in reversed(range(len(calls))):
+                layer, (hidden, *args), kwargs = calls.pop()
+                hidden = hidden.detach().requires_grad_()
+                with torch.enable_grad():
+                    result = layer(hidden, *args, **kwargs)
+                assert self._seen is not None
+                out, (q, k, v, scale, window) = self._seen
+                outputs = result[0] if isinstance(result, tuple) else result
+                gradient, by_out = torch.autograd.grad(outputs, (hidden, out), gradient)
+                self._seen = None
+                del result, outputs, out, hidden
+                self.measure(number, q, k, v, scale, window, by_out)
+        finally:
+            announce(None)
+
+
+def measure_with_gradient(model: nn.Module, mode: GradientMode, prompt: Mapping[str, Any]) -> Observer | None:
+    """Runs one prompt forward and back, under an installed handle of `mode`; None if it has fewer than two images."""
+    mode.observer = None
+    trained = [p for p in model.parameters() if p.requires_grad]
+    layers = decoder_layers(model, mode.info)
+    calls: list[tuple[Any, tuple, dict[str, Any]]] = []
+    last: list[Tensor] = []
+
+    def call(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not args:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("hidden_states"),)
+        calls.append((layer, args, kwargs))
+
+    def cut(layer: nn.Module, args: tuple, output: Any) -> Any:
+        """The last layer's output becomes a leaf: only what follows it is differentiated at once."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        last.append(hidden.detach().requires_grad_())
+        return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
+
+    hooks = [layer.register_forward_pre_hook(call, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(cut))
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            logits = model(**prompt, use_cache=False, logits_to_keep=1).logits[:, -1]  # [B, V]
+        if mode.observer is None:
+            return None
+        for hook in hooks:
+            hook.remove()
+        seed = zlib.crc32(prompt["input_ids"].cpu().numpy().tobytes())
+        (gradient,) = torch.autograd.grad((fisher_vector(logits, seed) * logits.float()).sum(), last.pop())
+        mode.observer.backward(calls, gradient)
+        return mode.observer
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def fisher_vector(logits: Tensor, seed: int) -> Tensor:
+    """A vector per row whose covariance over seeds is `diag(p) - p p^T`, `p` being the softmax: `[B, V]` float32.
+
+    With `A = (I - p 1^T) diag(sqrt(p))` that covariance is `A A^T`, so `A Q s` will do for random signs `s` and any
+    rotation `Q`. The likeliest tokens are rotated to the eigenvectors of `A^T A`: where few tokens share all of `p`
+    hardly anything is left to chance, and where two do, nothing.
+    """
+    p = logits.detach().float().softmax(-1)
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+    top, index = p.topk(min(_ROTATED, p.shape[-1]), dim=-1)  # [B, k]
+    root = top.sqrt()
+    gram = torch.diag_embed(top) + root[:, :, None] * root[:, None] * (
+        p.square().sum(-1)[:, None, None] - top[:, :, None] - top[:, None]
+    )
+    rotation = torch.linalg.eigh(gram).eigenvectors  # [B, k, k]
+    signs = signs.scatter(-1, index, (rotation @ signs.gather(-1, index)[..., None])[..., 0])
+    scaled = p.sqrt() * signs
+    return scaled - p * scaled.sum(-1, keepdim=True)
+
+
+def differentiable_dense(
+    q: Tensor, k: Tensor, v: Tensor, layouts: list[Layout], template: SinkTemplate, scale: float, window: int | None
+) -> Tensor:
+    """The model's own attention, `[B, T, H, D]`, whose backward needs no S x S matrix."""
+    n = q.shape[2]
+    causal = all(x.start == 0 and x.stop == n and not x.bidirectional for x in layouts)
+    if causal and (window is None or window >= n):
+        group = q.shape[1] // k.shape[1]
+        k, v = (x[:, :, :n].repeat_interleave(group, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).contiguous()
+    heads = [Category.DENSE] * q.shape[1]
+    return portable_attention(q, k, v, layouts, heads, template, scale=scale, window=window)[0]

@@ -1,0 +1,106 @@
+"""Measuring a choice of categories on held-out prompts: what it does to the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shared_profiles import Layout
+from shared_profiles.budget import Measured, divergence
+from shared_profiles.profile import Profile
+from shared_profiles.split import require_held_out
+from torch_blindsight.attention import AttendLayer
+from torch_blindsight.implementations import Implementation
+from torch_blindsight.models import ModelInfo
+from torch_blindsight.modes import Mode, SparseMode
+from torch_blindsight.patching import Handle
+from torch_blindsight.prompts import Dense
+
+
+class HeldOut:
+    """Held-out prompts and what the dense model answers; calling it measures a choice of categories.
+
+    Args:
+        model: the model, in evaluation mode and not patched.
+        info: its attention-relevant facts.
+        implementation: what computes the sparse prefills.
+        profile: whose template they have.
+        prompts: the prompts by their digest, one each. Those with fewer than two images are left out: nothing is
+            ever sparse about them.
+
+    Attributes:
+        prompts: those that are measured.
+        n_tokens: how long each of them is.
+
+    Raises:
+        ValueError: no prompt has two images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        info: ModelInfo,
+        implementation: Implementation,
+        profile: Profile,
+        prompts: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self._model, self._info, self._implementation, self._profile = model, info, implementation, profile
+        self.prompts: dict[str, Mapping[str, Any]] = {}
+        self.n_tokens: dict[str, int] = {}
+        dense: list[np.ndarray] = []
+        reference = _Reference()
+        with self._patched(reference):
+            for prompt_id, prompt in prompts.items():
+                reference.layout = None
+                log_probs = self._log_probs(prompt)
+                if reference.layout is not None:
+                    self.prompts[prompt_id] = prompt
+                    self.n_tokens[prompt_id] = reference.layout.stop - reference.layout.start
+                    dense.append(log_probs)
+        require_held_out(len(dense), len(prompts))
+        self._dense = np.concatenate(dense)  # [N, V] float32
+
+    def __call__(self, categories: np.ndarray) -> Measured:
+        """Runs every prompt with categories `[L, H]`.
+
+        Raises:
+            RuntimeError: a prefill that should have run sparse did not.
+        """
+        profile = replace(self._profile, categories=categories, curve=())
+        with self._patched(SparseMode(profile, self._implementation, self._info, break_even=False)) as handle:
+            sparse = np.concatenate([self._log_probs(prompt) for prompt in self.prompts.values()])
+            ran = handle.report()["forwards"]
+        if categories.any() and set(ran) != {"sparse"}:
+            raise RuntimeError(f"all {len(self.prompts)} held-out prompts must have run sparse. Got {ran}.")
+        return divergence(self._dense, sparse)
+
+    def _patched(self, mode: Mode) -> Handle:
+        handle = Handle(self._model, self._info, mode, self._implementation)
+        handle.install()
+        return handle
+
+    @torch.no_grad()
+    def _log_probs(self, prompt: Mapping[str, Any]) -> np.ndarray:
+        """`[1, V]` float32."""
+        logits: torch.Tensor = self._model(**prompt, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return logits.float().log_softmax(-1).cpu().numpy()
+
+
+class _Reference:
+    """Runs every prompt dense, and notes whether it could have been sparse; a `Mode`."""
+
+    layout: Layout | None = None
+
+    def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
+        """Notes this prompt, and declines."""
+        (self.layout,) = layouts
+        raise Dense("reference")
+
+    def after(self) -> Mode:
+        """Stays as it is."""
+        return self
