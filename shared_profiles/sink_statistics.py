@@ -1,0 +1,162 @@
+"""Which tokens of an image other images look at: measured mass by offset, and the sink template it leads to.
+
+Every token of an image, delimiters included, is in one bin, counted from the image's nearer end. With `reach` 2::
+
+    <start>  t0  t1  t2  ...  t8  t9  <end>
+       0      1   2   2  ...   2   3    4       bins: 2 from the start, the middle, 2 from the end
+
+An image row gives its softmax mass to its own image, to text, and to the bins of the images before it. All of it is a
+mean over the image rows that have an earlier image, the rows that a sparse category changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from shared_profiles._values import read_only, same_fields
+from shared_profiles.layout import Layout, concatenated_ranges
+from shared_profiles.template import SinkTemplate
+
+REACH = 8  # offsets told apart at either end of an image
+
+# A head has a sink at an offset that draws at least `LIFT` times the mass of an average token of other images, and at
+# least `SHARE` of all that the head gives to other images; heads that give them less than `LOOKS` do not count. An
+# offset that `HEADS` of the heads that count have as a sink is in the template, at most `MOST` beside the delimiters.
+LIFT, SHARE, LOOKS, HEADS, MOST = 4.0, 0.05, 0.01, 0.05, 6
+
+
+def offset_bins(layout: Layout, reach: int = REACH) -> np.ndarray:
+    """The bin of every token: `[n_tokens]` int64, -1 for text and padding.
+
+    Raises:
+        ValueError: `reach` is not positive.
+    """
+    if reach < 1:
+        raise ValueError(f"reach must be at least 1. Got {reach}.")
+    bins = np.full(layout.n_tokens, -1)
+    begin, end = layout.images[:, 0], layout.images[:, 3]
+    where = concatenated_ranges(begin, end)
+    from_start, from_end = where - np.repeat(begin, end - begin), np.repeat(end, end - begin) - where
+    near = np.where(from_start < from_end, from_start, 2 * reach + 1 - from_end)
+    bins[where] = np.where(np.minimum(from_start, from_end - 1) < reach, near, reach)
+    return bins
+
+
+def visible_pairs(layout: Layout, window: int | None, reach: int = REACH) -> np.ndarray:
+    """Tokens of each bin that a row sees in earlier images, `[2 * reach + 1]` float64: the mean over image rows.
+
+    Args:
+        layout: a whole prompt of at least two images.
+        window: the layer's sliding window: a row at p sees keys after `p - window`.
+        reach: offsets told apart.
+    """
+    bins, images = offset_bins(layout, reach), layout.images[1:]
+    rows = concatenated_ranges(images[:, 1], images[:, 2])
+    stop = np.repeat(images[:, 0], images[:, 2] - images[:, 1])
+    start = np.zeros_like(rows) if window is None else np.minimum(rows - window + 1, stop)
+    places = [np.flatnonzero(bins == b) for b in range(2 * reach + 1)]
+    return np.array([(np.searchsorted(at, stop) - np.searchsorted(at, start)).mean() for at in places])
+
+
+@dataclass(frozen=True, eq=False)
+class SinkMass:
+    """What image rows look at; `own + text + others.sum(-1)` is 1, up to rounding.
+
+    Attributes:
+        own: `[L, H]` float32, mass on the row's own image, its start delimiter included.
+        text: `[L, H]` float32, mass on text.
+        others: `[L, H, 2 * reach + 1]` float32, mass on each bin of the earlier images.
+        pairs: `[L, 2 * reach + 1]` float32, how many tokens of each bin a row sees, `visible_pairs`.
+
+    Raises:
+        ValueError: shapes do not go together, or a value is not finite or is negative.
+    """
+
+    own: np.ndarray
+    text: np.ndarray
+    others: np.ndarray
+    pairs: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name in ("own", "text", "others", "pairs"):
+            array = np.array(getattr(self, name), dtype=np.float32)
+            if not (np.isfinite(array) & (array >= 0)).all():
+                raise ValueError(f"{name} must be finite and at least 0. Got {array.min()} to {array.max()}.")
+            object.__setattr__(self, name, read_only(array))
+        shape, n_bins = self.own.shape, self.others.shape[-1]
+        wanted = {"text": shape, "others": (*shape, n_bins), "pairs": (*shape[:1], n_bins)}
+        if len(shape) != 2 or n_bins % 2 == 0 or any(getattr(self, name).shape != s for name, s in wanted.items()):
+            got = {name: getattr(self, name).shape for name in ("own", *wanted)}
+            raise ValueError(f"own and text must be [L, H], others [L, H, 2 * reach + 1], pairs [L, ...]. Got {got}.")
+
+    @property
+    def reach(self) -> int:
+        """Offsets told apart at either end."""
+        return self.others.shape[-1] // 2
+
+    @property
+    def strength(self) -> np.ndarray:
+        """`[L, H, 2 * reach + 1]` float64: mass of one token of a bin over that of an average token of other images.
+
+        1 everywhere for a head that looks at all of them alike; 0 where a head sees nothing of a bin.
+        """
+        others, pairs = self.others.astype(np.float64), self.pairs.astype(np.float64)[:, None]
+        average = others.sum(-1, keepdims=True) / np.maximum(pairs.sum(-1, keepdims=True), 1e-12)
+        each = others / np.where(pairs > 0, pairs, np.inf)
+        return np.divide(each, average, out=np.zeros_like(each), where=average > 0)
+
+    @classmethod
+    def mean(cls, masses: Iterable[SinkMass]) -> SinkMass:
+        """The mean over prompts, each of the same weight; the same bits for the same order.
+
+        Raises:
+            ValueError: there are none, or they are of different shapes.
+        """
+        masses = list(masses)
+        if len({mass.others.shape for mass in masses}) != 1:
+            raise ValueError(
+                f"masses must be one or more of one shape. Got {sorted({mass.others.shape for mass in masses})}."
+            )
+
+        def mean(name: str) -> np.ndarray:
+            return np.asarray(np.mean([getattr(mass, name) for mass in masses], axis=0, dtype=np.float64))
+
+        return cls(mean("own"), mean("text"), mean("others"), mean("pairs"))
+
+    def __eq__(self, other: object) -> bool:
+        return same_fields(self, other)
+
+    __hash__ = None  # type: ignore[assignment]  # holds arrays
+
+
+def sink_heads(mass: SinkMass) -> np.ndarray:
+    """Share of the heads that look at other images which have a sink in a bin: `[2 * reach + 1]` float64.
+
+    The middle, `[reach]`, is no offset and counts as 0.
+    """
+    total = mass.others.sum(-1, keepdims=True)  # [L, H, 1]
+    looks = total[..., 0] >= LOOKS
+    is_sink = (mass.strength >= LIFT) & (mass.others >= SHARE * total) & looks[..., None]
+    is_sink[..., mass.reach] = False
+    shares: np.ndarray = is_sink.sum((0, 1)) / max(1, looks.sum())
+    return shares
+
+
+def learn_template(mass: SinkMass, local_block: int = SinkTemplate.local_block) -> SinkTemplate:
+    """The sink template that measured mass leads to, by the rule stated above.
+
+    The delimiters, offset 0 from the start and 1 from the end, are always sinks.
+
+    Args:
+        mass: the mean over calibration prompts.
+        local_block: see `SinkTemplate`.
+    """
+    shares, weight, reach = sink_heads(mass), mass.others.sum((0, 1)), mass.reach
+    inner = [b for b in range(1, 2 * reach) if shares[b] > 0 and shares[b] >= HEADS]
+    best = sorted(inner, key=lambda b: (-shares[b], -weight[b]))[:MOST]
+    from_start = (0, *sorted(b for b in best if b < reach))
+    from_end = (1, *sorted(2 * reach + 1 - b for b in best if b > reach))
+    return SinkTemplate(from_start, from_end, local_block)

@@ -1,0 +1,119 @@
+"""Sinks are learned: bins of offsets, what a row sees of them, and the template that measured mass leads to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_profiles import Category, Layout, SinkTemplate, category_mask
+from shared_profiles.sink_statistics import MOST, SinkMass, learn_template, offset_bins, sink_heads, visible_pairs
+from strategies import layouts, windows
+
+REACH, N_BINS = 3, 7
+
+
+def test_bins_are_counted_from_the_nearer_end():
+    """The drawing of the module: delimiters at the ends, the middle in between, text and padding outside."""
+    layout = Layout(16, 1, 15, np.array([[2, 3, 13, 14]]))
+    assert offset_bins(layout, 2).tolist() == [-1, -1, 0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 3, 4, -1, -1]
+    assert offset_bins(layout, 6).tolist() == [-1, -1, 0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, -1, -1]
+
+
+@given(layouts(), st.integers(1, 9))
+def test_a_bin_holds_what_a_template_of_its_offset_calls_a_sink(layout, reach):
+    """Every token of every image is in exactly one bin, and that bin's offset names it."""
+    bins = offset_bins(layout, reach)
+    assert (bins[layout.text] == -1).all()
+    for begin, _, _, end in layout.images.tolist():
+        for p in range(begin, end):
+            expected = reach
+            if p - begin < end - p and p - begin < reach:
+                expected = p - begin
+            elif p - begin >= end - p and end - p <= reach:
+                expected = 2 * reach + 1 - (end - p)
+            assert bins[p] == expected
+
+
+@given(layouts().filter(lambda x: x.n_images >= 2), windows)
+def test_visible_pairs_are_those_of_the_dense_mask(layout, window):
+    """Counted pair by pair from the definition of what a row may see."""
+    mask = category_mask(layout, Category.DENSE, SinkTemplate(), window=window)
+    bins = offset_bins(layout, REACH)
+    counts = [
+        [(mask[p, :begin] & (bins[:begin] == b)).sum() for b in range(N_BINS)]
+        for begin, first, last, _ in layout.images[1:].tolist()
+        for p in range(first, last)
+    ]
+    np.testing.assert_allclose(visible_pairs(layout, window, REACH), np.mean(counts, axis=0))
+
+
+def measured(others, pairs=(1, 1, 1, 10, 1, 1, 1)):
+    """One layer of heads with this mass on each bin of other images, the rest on their own."""
+    others = np.array([others], dtype=np.float64)
+    own = 1 - others.sum(-1)
+    return SinkMass(own, np.zeros_like(own), others, np.array([pairs]))
+
+
+def test_a_head_that_looks_everywhere_alike_has_no_sinks():
+    """Uniform mass per token: strength 1 in every bin, and the delimiters alone are the template."""
+    mass = measured([np.array([1, 1, 1, 10, 1, 1, 1]) / 40])
+    np.testing.assert_allclose(mass.strength, 1.0, rtol=1e-6)
+    assert learn_template(mass, 16) == SinkTemplate((0,), (1,), 16)
+
+
+@pytest.mark.parametrize(
+    ("planted", "expected"),
+    [(0, ((0,), (1,))), (2, ((0, 2), (1,))), (4, ((0,), (1, 3))), (5, ((0,), (1, 2))), (3, ((0,), (1,)))],
+)
+def test_a_planted_sink_is_found_at_its_offset(planted, expected):
+    """One bin draws three quarters of the mass: it joins the delimiters; the middle is no offset and never does."""
+    others = np.array([1, 1, 1, 10, 1, 1, 1]) / 160
+    others[planted] += 0.3
+    template = learn_template(measured([others] * 4))
+    assert (template.from_start, template.from_end) == expected
+
+
+def test_heads_that_look_away_or_are_few_decide_nothing():
+    """A sink of heads that give other images next to nothing is none, nor is one of a head in thirty."""
+    flat = np.array([1, 1, 1, 10, 1, 1, 1]) / 40
+    sink = np.eye(N_BINS)[2] * 0.3
+    assert learn_template(measured([flat] * 10 + [sink])).from_start == (0, 2)
+    assert learn_template(measured([flat] * 30 + [sink])).from_start == (0,)
+    assert learn_template(measured([flat] * 10 + [sink / 100] * 30)).from_start == (0,)
+    assert sink_heads(measured([flat] * 3 + [sink] + [sink / 100] * 30))[2] == 0.25
+
+
+def test_the_most_shared_sinks_fill_the_template_first():
+    """More sinks than there is room for: those of most heads win, in ascending order of offset."""
+    reach = 8
+    others = np.zeros((1, 100, 17))
+    for head in range(100):
+        others[0, head, [1, 2, 3, 4] if head < 50 else [5, 6, 7, 15]] = 0.1
+    others[0, :5, 1] = 0
+    zeros = np.zeros((1, 100))
+    mass = SinkMass(zeros, zeros, others, np.array([[1.0] * reach + [1000] + [1.0] * reach]))
+    template = learn_template(mass)
+    assert len(template.from_start) + len(template.from_end) - 2 == MOST
+    assert 1 not in template.from_start
+    assert {2, 3, 4} < set(template.from_start)
+
+
+def test_the_mean_is_over_prompts_and_refuses_none():
+    """Two prompts of one shape average; no prompt, or prompts of two shapes, are an error."""
+    a, b = measured([np.full(N_BINS, 0.1)]), measured([np.full(N_BINS, 0.02)])
+    np.testing.assert_allclose(SinkMass.mean([a, b]).others, 0.06, rtol=1e-6)
+    assert SinkMass.mean([a]) == a
+    with pytest.raises(ValueError, match="one or more of one shape"):
+        SinkMass.mean([])
+    with pytest.raises(ValueError, match="one or more of one shape"):
+        SinkMass.mean([a, measured([np.full(N_BINS, 0.1)] * 2)])
+
+
+@pytest.mark.parametrize("wrong", [dict(own=np.full((1, 1), np.nan)), dict(text=-np.ones((1, 1))), dict(pairs=[[1.0]])])
+def test_wrong_values_are_refused(wrong):
+    """NaN, negative mass, and shapes that do not go together."""
+    values = dict(own=np.ones((1, 1)), text=np.zeros((1, 1)), others=np.zeros((1, 1, 7)), pairs=np.ones((1, 7)))
+    with pytest.raises(ValueError, match="must be"):
+        SinkMass(**values | wrong)

@@ -1,0 +1,257 @@
+"""Measuring which tokens of other images draw attention, from queries, keys and log-sum-exps alone.
+
+The weight of one query-key pair is `exp(score - lse)`. So the mass on the first and last few tokens of every image and
+on text is the sum of a small packed part of the scores, a few rows at a time. `INTRA_IMAGE` keeps own image and text:
+its log-sum-exp gives what they get together, and what is left over is the middle of the other images. Nothing of size
+T * S ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shared_profiles import Category, Layout, SinkTemplate
+from shared_profiles.layout import concatenated_ranges
+from shared_profiles.sink_statistics import REACH, SinkMass, offset_bins, visible_pairs
+from torch_blindsight.attention import AttendLayer, Prefill
+from torch_blindsight.implementations import Attend, Name, implementation
+from torch_blindsight.models import ModelInfo, inspect_model
+from torch_blindsight.modes import Mode
+from torch_blindsight.patching import Handle
+from torch_blindsight.prompts import Dense
+
+_SCORES = 1 << 22  # scores of all heads that exist at once
+
+
+class SinkMeter:
+    """Collects the `SinkMass` of one forward, one per batch row.
+
+    Args:
+        layouts: B layouts of whole prompts; rows with fewer than two images are skipped.
+        info: the model.
+        reach: offsets told apart at either end of an image.
+    """
+
+    def __init__(self, layouts: list[Layout], info: ModelInfo, reach: int = REACH) -> None:
+        self.layouts, self.reach = layouts, reach
+        self._windows: list[int | None] = [None] * info.n_layers
+        self._shape = info.n_layers, info.n_heads
+        self._sums = np.zeros((len(layouts), *self._shape, 2 * reach + 2))  # the bins, then text
+        self._kept = np.zeros((len(layouts), *self._shape))  # own image and text
+
+    @torch.no_grad()
+    def add(
+        self, layer: int, q: Tensor, k: Tensor, scale: float, window: int | None, dense: Tensor, intra: Tensor
+    ) -> None:
+        """Measures one layer.
+
+        Args:
+            layer: its number.
+            q: `[B, H, T, D]`.
+            k: `[B, K, T, D]`.
+            scale: factor on the scores.
+            window: the layer's sliding window.
+            dense: log-sum-exp of all heads run `DENSE`, `[B, H, T]` float32 or float64.
+            intra: the same of `INTRA_IMAGE`.
+        """
+        self._windows[layer] = window
+        for b, layout in enumerate(self.layouts):
+            if layout.n_images >= 2:
+                self._add_row(b, layer, q[b], k[b], scale, window, dense[b], intra[b])
+
+    def _add_row(
+        self, b: int, layer: int, q: Tensor, k: Tensor, scale: float, window: int | None, dense: Tensor, intra: Tensor
+    ) -> None:
+        layout, n_bins = self.layouts[b], 2 * self.reach + 1
+        images = layout.images[1:]
+        rows = concatenated_ranges(images[:, 1], images[:, 2])
+        begins = np.repeat(images[:, 0], images[:, 2] - images[:, 1])  # of each row's own image
+        bins = offset_bins(layout, self.reach)
+        bins[layout.text] = n_bins
+        packed = np.flatnonzero((bins >= 0) & (bins != self.reach) & (np.arange(layout.n_tokens) < begins[-1]))
+        where, group = torch.from_numpy(packed).to(k.device), q.shape[0] // k.shape[0]
+        keys = k[:, where].float()  # [K, P, D]
+        which = (
+            torch.nn.functional.one_hot(torch.from_numpy(bins[packed]), n_bins + 1).double().to(k.device)
+        )  # [P, bins]
+        sums = torch.zeros(q.shape[0], n_bins + 1, dtype=torch.float64, device=q.device)
+        kept = torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
+        step = max(1, _SCORES // (q.shape[0] * len(packed)))
+        for some in range(0, len(rows), step):
+            at = torch.from_numpy(rows[some : some + step]).to(q.device)
+            stops = torch.from_numpy(begins[some : some + step]).to(q.device)
+            seen = int(np.searchsorted(packed, begins[min(some + step, len(rows)) - 1]))  # keys before the last of them
+            queries = q[:, at].float().unflatten(0, (-1, group)).flatten(1, 2)  # [K, G * R, D]
+            scores = (queries @ keys[:, :seen].mT).unflatten(1, (group, -1)).flatten(0, 1) * scale  # [H, R, P]
+            hidden = where[:seen] >= stops[:, None]
+            if window is not None:
+                hidden |= where[:seen] <= at[:, None] - window
+            scores = torch.exp(scores - dense[:, at, None]).masked_fill_(hidden, 0.0)
+            sums += scores.sum(1).double() @ which[:seen]
+            kept += torch.exp(intra[:, at] - dense[:, at]).double().sum(1)
+        self._sums[b, layer] = (sums / len(rows)).cpu().numpy()
+        self._kept[b, layer] = (kept / len(rows)).cpu().numpy()
+
+    def records(self) -> list[SinkMass | None]:
+        """One record per batch row, None for rows with fewer than two images."""
+        return [self._record(b) if layout.n_images >= 2 else None for b, layout in enumerate(self.layouts)]
+
+    def _record(self, b: int) -> SinkMass:
+        others, text = self._sums[b, ..., :-1].copy(), self._sums[b, ..., -1]
+        # What is left over; rounding may leave a little less than nothing.
+        others[..., self.reach] = np.maximum(0.0, 1.0 - self._kept[b] - others.sum(-1))
+        pairs = {window: visible_pairs(self.layouts[b], window, self.reach) for window in set(self._windows)}
+        return SinkMass(
+            own=np.maximum(0.0, self._kept[b] - text),
+            text=text,
+            others=others,
+            pairs=np.array([pairs[window] for window in self._windows]),
+        )
+
+
+class SinkMode:
+    """Runs prefills dense and measures where their image rows look; a `Mode`."""
+
+    def __init__(self, info: ModelInfo, attend: Attend, reach: int) -> None:
+        self.info, self._attend, self.reach = info, attend, reach
+        self.meter: SinkMeter | None = None
+
+    def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
+        """Measures this prompt."""
+        if q_start:
+            raise Dense("only whole prompts are measured")
+        self.meter = SinkMeter(layouts, self.info, self.reach)
+        return "measured", self.attend
+
+    def after(self) -> Mode:
+        """Goes on measuring."""
+        return self
+
+    def attend(
+        self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Dense attention of one layer, `[B, T, H, D]`, measured on the way; an `AttendLayer`."""
+        assert self.meter is not None
+
+        def run(category: Category) -> tuple[Tensor, Tensor]:
+            heads = [category] * q.shape[1]  # neither category knows sinks, so any template will do
+            return self._attend(q, k, v, prefill.layouts, heads, SinkTemplate(), scale=scale, window=window)
+
+        out, dense = run(Category.DENSE)
+        self.meter.add(layer, q, k, scale, window, dense, run(Category.INTRA_IMAGE)[1])
+        return out
+
+
+class WithoutDelimiters:
+    """The ablation: in this context every image delimiter is embedded as the nearest text token before it.
+
+    (The nearest after it where there is none before.) Ids, positions and everything else stay: what is gone is the
+    delimiter's own embedding. A context manager.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model: Any = model
+        self._info = inspect_model(model)
+
+    def __enter__(self) -> None:
+        self._hook = self._model.get_input_embeddings().register_forward_pre_hook(self._replace)
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def _replace(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        special = self._info.special
+        ids = args[0].cpu().numpy().copy()  # [B, N]
+        places = np.arange(ids.shape[1])
+        marks = [i for i in (special.start, special.end, special.image, special.video) if i is not None]
+        for row in ids:
+            text, delimiters = ~np.isin(row, marks), np.isin(row, (special.start, special.end))
+            if not text.any():
+                raise ValueError("the ablation puts text in the place of delimiters. Got a prompt without text.")
+            before = np.maximum.accumulate(np.where(text, places, -1))
+            nearest = np.where(before < 0, np.flatnonzero(text)[0], before)
+            row[delimiters] = row[nearest[delimiters]]
+        return (torch.from_numpy(ids).to(args[0].device),)
+
+
+@dataclass(frozen=True)
+class SinkReading:
+    """What one prompt showed.
+
+    Attributes:
+        mass: where its image rows look.
+        log_probs: of the token after the prompt, `[V]` float64.
+    """
+
+    mass: SinkMass
+    log_probs: np.ndarray
+
+
+def measure_sinks(
+    model: nn.Module,
+    prompts: Iterable[Mapping[str, Any]],
+    *,
+    reach: int = REACH,
+    delimiters: bool = True,
+    impl: Name | None = None,
+) -> list[SinkReading]:
+    """Where the image rows of some prompts look; prompts with fewer than two images are skipped.
+
+    Args:
+        model: a supported Hugging Face model, not patched.
+        prompts: what the model's processor returns, one prompt each.
+        reach: offsets told apart at either end of an image.
+        delimiters: False measures the ablation `WithoutDelimiters`.
+        impl: what computes the attention; as in `patch`.
+
+    Raises:
+        ValueError: a prompt is malformed, or the model is patched.
+        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
+    """
+    context: AbstractContextManager[None] = nullcontext() if delimiters else WithoutDelimiters(model)
+    readings: list[SinkReading] = []
+    with observing(model, lambda info, attend: SinkMode(info, attend, reach), impl) as mode, context:
+        for prompt in prompts:
+            mode.meter = None
+            logits = model(**prompt, use_cache=False, logits_to_keep=1).logits[0, -1]
+            if mode.meter is not None:
+                (mass,) = mode.meter.records()
+                if mass is not None:
+                    readings.append(SinkReading(mass, logits.double().log_softmax(-1).cpu().numpy()))
+    return readings
+
+
+@contextmanager
+def observing[M: Mode](
+    model: nn.Module, make_mode: Callable[[ModelInfo, Attend], M], impl: Name | None = None
+) -> Iterator[M]:
+    """In this context the model's prefills run through a mode that watches them, in evaluation mode, no gradients.
+
+    Raises:
+        ValueError: the model is not supported, or is patched.
+        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
+    """
+    info = inspect_model(model)
+    chosen = implementation(impl, model, info)
+    mode = make_mode(info, chosen.attend)
+    handle = Handle(model, info, mode, chosen)
+    handle.install()
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield mode
+    finally:
+        handle.unpatch()
+        for module in training:
+            module.training = True
