@@ -31,6 +31,11 @@ def make_puzzles(n_images: int, count: int, first_seed: int) -> list[Puzzle]:
     return [make_puzzle(n_images, first_seed + i, KINDS[i % len(KINDS)]) for i in range(count)]
 
 
+def make_mixed_puzzles(count: int, first_seed: int) -> list[Puzzle]:
+    """`count` puzzles of consecutive seeds, of 2 to 6 pictures, the kinds of question in turn."""
+    return [make_puzzle(2 + i % 5, first_seed + i, KINDS[i % len(KINDS)]) for i in range(count)]
+
+
 def to_messages(puzzle: Puzzle) -> list[dict[str, Any]]:
     """The puzzle as a chat, pictures first."""
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in puzzle.images]

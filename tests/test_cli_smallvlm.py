@@ -1,0 +1,130 @@
+"""The small models: processors, packed questions against questions asked alone, and training that can be resumed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from blindsight_cli.loading import load_checkpoint
+from blindsight_cli.smallvlm import train as training
+from blindsight_cli.smallvlm.build import FAMILIES, make_model, make_processor
+from blindsight_cli.smallvlm.curriculum import STAGES, Stage, stage_at
+from blindsight_cli.smallvlm.evaluate import to_inputs
+from blindsight_cli.smallvlm.packed import SLOT, PackedLayout, PictureBank, make_batch, packed_logits, prepare
+from blindsight_cli.smallvlm.puzzles import KINDS, make_puzzle
+from blindsight_cli.smallvlm.vocabulary import IMAGE_PAD, VOCAB
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@families
+def test_the_processor_gives_the_ids_and_pixels_that_training_makes_itself(family, no_grad):
+    """The prompt of a puzzle, through the real processor: the packed prefix, the question's words, equal pixels."""
+    puzzle = make_puzzle(3, 7, "same color")
+    inputs = to_inputs(make_processor(family), [puzzle])
+    layout = PackedLayout(make_model(family), 3, 1)
+    words = [VOCAB[w] for w in puzzle.question.text.lower().rstrip("?").split() if w in VOCAB]
+    assert inputs["input_ids"][0].tolist() == [*layout.prefix.tolist(), *words]
+    pixels = FAMILIES[family].to_pixels(np.stack([np.asarray(image) for image in puzzle.images]))
+    torch.testing.assert_close(inputs["pixel_values"], pixels, atol=1e-6, rtol=0)
+    types = inputs["token_type_ids" if family == "gemma3" else "mm_token_type_ids"]
+    assert (types[0, : len(layout.prefix)] == layout.is_image).all()
+
+
+@families
+def test_packed_questions_answer_as_if_each_stood_alone(family, no_grad):
+    """Logits of a packed batch in float64 equal the plain model's, question by question; Gemma's windows bind."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    model = make_model(family).double().eval()
+    for p in model.parameters():  # scores spread enough for a wrong mask to show
+        p.mul_(5 if p.ndim > 1 else 1)
+    layout = PackedLayout(model, 6, 12)
+    ids, goal, pixels, _ = make_batch(FAMILIES[family], layout, PictureBank(1, rng), [1] * len(KINDS), 1, rng)
+    pixels = pixels.double()
+    n = len(layout.prefix)
+    inputs = dict(pixel_values=pixels)
+    type_name = "token_type_ids" if family == "gemma3" else "mm_token_type_ids"
+    if family == "gemma3":
+        assert n > model.config.text_config.sliding_window
+    else:
+        inputs["image_grid_thw"] = torch.tensor([[1, 8, 8]] * 6)
+    expected = []
+    for slot, wanted in zip(ids[0, n:].split(SLOT), goal[0, n:].split(SLOT), strict=True):
+        at = torch.nonzero(wanted != -100)[:, 0]
+        alone = torch.cat([layout.prefix, slot[: at[-1] + 1]])[None]
+        inputs |= {"attention_mask": torch.ones_like(alone), type_name: (alone == VOCAB[IMAGE_PAD]).long()}
+        expected.append(model(input_ids=alone, **inputs).logits[0, n + at])
+    prepare(model)
+    packed = packed_logits(model, layout, ids, pixels, goal)
+    torch.testing.assert_close(packed, torch.cat(expected), atol=1e-9, rtol=1e-9)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Training at toy size: nothing compiled, few pictures, a state every second step."""
+    monkeypatch.setattr(training, "compile_layers", lambda model: None)
+    monkeypatch.setattr(training, "VARIANTS", 1)
+    monkeypatch.setattr(training, "STATE_EVERY", 2)
+    monkeypatch.setattr(training, "LOG_EVERY", 1)
+    monkeypatch.setattr(training, "stage_at", lambda family, step: Stage(9, (1, 2), None, 2, 3, (1, 1, 0, 0, 0, 0)))
+
+
+def weights(folder):
+    """The bytes of a checkpoint's weights."""
+    return (folder / "model.safetensors").read_bytes()
+
+
+@families
+def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(family, toy, tmp_path, monkeypatch):
+    """Killed after step 3 of 5, with the state of step 2, and resumed: the same weights and record, no state left."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    training.train(whole, family, 5, 0, 1e-3)
+    advance = training.Training.advance
+
+    def killed(self):
+        if self.step == 3:
+            raise KeyboardInterrupt
+        return advance(self)
+
+    monkeypatch.setattr(training.Training, "advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(parts, family, 5, 0, 1e-3)
+    assert json.loads((parts / "training.json").read_text())["steps"] == 2
+    assert weights(parts) != weights(whole)
+    monkeypatch.setattr(training.Training, "advance", advance)
+    training.train(parts, family, 5, 0, 1e-3)
+    assert weights(parts) == weights(whole)
+    assert sorted(p.name for p in parts.iterdir()) == sorted(p.name for p in whole.iterdir())
+    assert not (parts / training.STATE).exists()
+    assert (parts / "training.json").read_bytes() == (whole / "training.json").read_bytes()
+    model, processor = load_checkpoint(parts)
+    assert type(model) is FAMILIES[family].model
+    assert type(processor) is type(make_processor(family))
+
+
+def test_a_training_is_never_continued_as_another_one(toy, tmp_path, monkeypatch):
+    """A folder with the state of other settings, or with a finished training, is left alone."""
+    training.train(tmp_path, "qwen2_vl", 2, 0, 1e-3)
+    before = weights(tmp_path)
+    with pytest.raises(ValueError, match="finished training"):
+        training.train(tmp_path, "qwen2_vl", 2, 0, 1e-3)
+    begun = training.Training("qwen2_vl", 4, 0, 1e-3)
+    begun.advance()
+    begun.save(tmp_path / "begun")
+    with pytest.raises(ValueError, match="must be the state of this training"):
+        training.train(tmp_path / "begun", "qwen2_vl", 4, 1, 1e-3)
+    assert weights(tmp_path) == before
+
+
+def test_stages_lead_from_one_picture_to_six():
+    """Every family's stages end where the next begins; the last one asks every kind about up to six pictures."""
+    for family in FAMILIES:
+        stages = STAGES[family]
+        assert [stage_at(family, step) for step in (0, stages[0].until, 10**6)] == [stages[0], stages[1], stages[-1]]
+        assert stages[0].images == (1,)
+        assert max(stages[-1].images) == 6
+        assert min(stages[-1].weights) > 0
