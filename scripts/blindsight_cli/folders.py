@@ -1,8 +1,9 @@
-"""Checkpoint folders, as far as they can be looked at without a framework."""
+"""Checkpoint folders and files to be written, as far as they can be looked at without a framework."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from blindsight_cli.errors import IncompatibleError
@@ -33,3 +34,25 @@ def check_family(folder: Path) -> None:
         family_of(config if isinstance(config, dict) else {})
     except ValueError as error:
         raise IncompatibleError(f"{folder}: {error}") from error
+
+
+def require_writable(option: str, path: Path) -> None:
+    """Refuses, before the work, a file that could not be written after it.
+
+    Args:
+        option: the option that named the file.
+        path: the file.
+
+    Raises:
+        ValueError: it is a folder, or the folder around it is missing or read-only.
+    """
+    folder = path.parent
+    if path.is_dir():
+        wrong = "it is a folder"
+    elif not folder.is_dir():
+        wrong = f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK):
+        wrong = f"the folder {folder} is read-only"
+    else:
+        return
+    raise ValueError(f"{option} must name a file that can be written. Got {path}: {wrong}. Name another.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 try:
     import typer
@@ -17,6 +17,9 @@ except ModuleNotFoundError:  # a plain `pip install blindsight` brings this comm
     raise SystemExit(3) from None
 
 from blindsight_cli.errors import guarded
+
+if TYPE_CHECKING:
+    from shared_profiles.classifier import Thresholds
 
 _EPILOG = (
     "Exit codes: 0 fine; 1 a check failed or a difference was found; 2 wrong input; 3 profile, model and versions do "
@@ -30,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # an unexpected error keeps its plain traceback
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-profiles = typer.Typer(help="Show, validate and compare profiles.", no_args_is_help=True)
+profiles = typer.Typer(help="Show, validate, compare and retune profiles.", no_args_is_help=True)
 app.add_typer(profiles, name="profile")
 
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of a Qwen2-VL, Qwen2.5-VL or Gemma 3 checkpoint.")]
@@ -41,6 +44,61 @@ Dtype = Annotated[
 ]
 Backend = Annotated[Literal["torch", "jax"], typer.Option(help="The framework that runs the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one")]
+DEFAULT_BUDGET = 0.01
+
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Allowed KL divergence of the next token, in nats; the default way to choose.", show_default="0.01"
+    ),
+]
+RankingOption = Annotated[
+    Literal["gradient", "residual", "error"] | None,
+    typer.Option(
+        help="What orders the heads for a budget.", show_default="gradient (one backward pass a prompt); in JAX error"
+    ),
+]
+ThresholdsOption = Annotated[
+    bool, typer.Option("--thresholds", help="Choose by retained mass instead; so do the options below.")
+]
+GammaSink = Annotated[float | None, typer.Option(help="Mass that SINK must retain.", min=0, max=1, show_default="0.95")]
+GammaIntra = Annotated[
+    float | None, typer.Option(help="Mass that INTRA_IMAGE must retain.", min=0, max=1, show_default="0.95")
+]
+GammaDense = Annotated[
+    float | None,
+    typer.Option(
+        help="Mass that INTRA_IMAGE_SINK must retain, or the head stays DENSE.", min=0, max=1, show_default="0.9"
+    ),
+]
+AlphaFirst = Annotated[
+    float | None, typer.Option(help="Scale of the gammas in the first layer.", min=0, show_default="1")
+]
+AlphaLast = Annotated[
+    float | None, typer.Option(help="Scale in the last layer; linear between.", min=0, show_default="1")
+]
+Quantile = Annotated[
+    float | None,
+    typer.Option(help="Quantile over prompts that must pass; smaller is stricter.", min=0, max=1, show_default="0.5"),
+]
+
+
+def _thresholds(
+    asked: bool,
+    gamma_sink: float | None,
+    gamma_intra: float | None,
+    gamma_dense: float | None,
+    alpha_first: float | None,
+    alpha_last: float | None,
+    quantile: float | None,
+) -> Thresholds | None:
+    """The thresholds that were typed; None if none was and `--thresholds` neither."""
+    from shared_profiles.classifier import Thresholds
+
+    names = ("gamma_sink", "gamma_intra", "gamma_dense", "alpha_first", "alpha_last", "quantile")
+    values = (gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile)
+    typed = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    return Thresholds(**typed) if typed or asked else None
 
 
 def _version(asked: bool) -> None:
@@ -70,7 +128,7 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="The report.")] = Path("report.html"),
     questions: Annotated[int, typer.Option(help="Questions per number of images.", min=1)] = 200,
-    calibration_prompts: Annotated[int, typer.Option(help="Prompts to calibrate on.", min=1)] = 12,
+    calibration_prompts: Annotated[int, typer.Option(help="Prompts to calibrate on.", min=1)] = 96,
     seed: Annotated[int, typer.Option(help="Which held-out questions are asked.", min=0)] = 0,
     backend: Backend = "torch",
     as_json: Json = False,
@@ -119,16 +177,18 @@ def calibrate(
     ] = None,
     state: Annotated[Path | None, typer.Option(help="Keep statistics here; a second run goes on from them.")] = None,
     limit: Annotated[int | None, typer.Option(help="Take only the first prompts.", min=1)] = None,
-    gamma_sink: Annotated[float, typer.Option(help="Mass that SINK must retain.", min=0, max=1)] = 0.95,
-    gamma_intra: Annotated[float, typer.Option(help="Mass that INTRA_IMAGE must retain.", min=0, max=1)] = 0.95,
-    gamma_dense: Annotated[
-        float, typer.Option(help="Mass that INTRA_IMAGE_SINK must retain, or the head stays DENSE.", min=0, max=1)
-    ] = 0.9,
-    alpha_first: Annotated[float, typer.Option(help="Scale of the gammas in the first layer.", min=0)] = 1.0,
-    alpha_last: Annotated[float, typer.Option(help="Scale in the last layer; linear between.", min=0)] = 1.0,
-    quantile: Annotated[
-        float, typer.Option(help="Quantile over prompts that must pass; smaller is stricter.", min=0, max=1)
-    ] = 0.5,
+    budget: BudgetOption = None,
+    ranking: RankingOption = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the prompts that the budget is measured on; the others are calibrated on.")
+    ] = 0.25,
+    thresholds: ThresholdsOption = False,
+    gamma_sink: GammaSink = None,
+    gamma_intra: GammaIntra = None,
+    gamma_dense: GammaDense = None,
+    alpha_first: AlphaFirst = None,
+    alpha_last: AlphaLast = None,
+    quantile: Quantile = None,
     local_block: Annotated[int, typer.Option(help="Tokens of a local block of SINK, a multiple of 8.", min=8)] = 128,
     backend: Backend = "torch",
     dtype: Dtype = "auto",
@@ -136,17 +196,23 @@ def calibrate(
     as_json: Json = False,
 ) -> int:
     """Measure a checkpoint on your prompts and write its profile."""
+    from blindsight_cli.backends import RANKING
     from blindsight_cli.commands.calibrate import run_calibrate
-    from shared_profiles.classifier import Thresholds
+    from shared_profiles.budget import Budget
     from shared_profiles.template import SinkTemplate
 
+    gammas = _thresholds(thresholds, gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile)
+    if gammas is not None and (budget is not None or ranking is not None):
+        raise typer.BadParameter("choose by --budget or by thresholds: leave out the others.")
+    found_by = gammas or Budget(DEFAULT_BUDGET if budget is None else budget, ranking or RANKING[backend])
     return run_calibrate(
         checkpoint=checkpoint,
         data=data,
         out=out,
         state=state,
         limit=limit,
-        thresholds=Thresholds(gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile),
+        how=found_by,
+        held_out=held_out,
         template=SinkTemplate(local_block=local_block),
         backend=backend,
         dtype=dtype,
@@ -193,6 +259,94 @@ def run(
     )
 
 
+@app.command("eval")
+@guarded
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ITEMS",
+            help='JSONL, one item per line: {"images": [...], "question": "...", "answer": "yes", "options": ["yes", '
+            '"no"]}; options may be left out.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ],
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="The profile.", exists=True, dir_okay=False, show_default="the one that patch() finds"),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="What it was calibrated on; no item may be there.", exists=True, dir_okay=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The result; the samples go beside it.")] = Path("eval.json"),
+    limit: Annotated[int | None, typer.Option(help="Take only the first items.", min=1)] = None,
+    letters: Annotated[
+        bool, typer.Option("--letters", help="List the options with letters after the question, ask for a letter.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer.", min=1)] = 16,
+    timed: Annotated[int, typer.Option(help="Time the prefills of so many items.", min=0)] = 32,
+    backend: Backend = "torch",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: Json = False,
+) -> int:
+    """Answer questions dense and sparse; compare accuracy, in pairs."""
+    from blindsight_cli.commands.evaluate import run_eval
+    from blindsight_cli.evaluation.runner import Asking
+
+    return run_eval(
+        checkpoint=checkpoint,
+        data=data,
+        profile=profile,
+        calibration=calibration,
+        out=out,
+        limit=limit,
+        asking=Asking(letters, max_new_tokens, timed),
+        backend=backend,
+        dtype=dtype,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@guarded
+def analyze(
+    checkpoint: Checkpoint,
+    data: Annotated[
+        Path | None,
+        typer.Argument(metavar="[PROMPTS]", help="JSONL of prompts, as for calibrate.", exists=True, dir_okay=False),
+    ] = None,
+    puzzles: Annotated[int | None, typer.Option(help="Take so many synthetic puzzles instead.", min=1)] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="The profile.", exists=True, dir_okay=False, show_default="the one that patch() finds"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("analysis.html"),
+    limit: Annotated[int | None, typer.Option(help="Take only the first prompts.", min=1)] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: Json = False,
+) -> int:
+    """Draw where heads look, which tokens are sinks, and what delimiters do."""
+    from blindsight_cli.commands.analyze import run_analyze
+
+    return run_analyze(
+        checkpoint=checkpoint,
+        data=data,
+        puzzles=puzzles,
+        profile=profile,
+        out=out,
+        limit=limit,
+        dtype=dtype,
+        device=device,
+        as_json=as_json,
+    )
+
+
 @app.command()
 @guarded
 def convert(
@@ -216,7 +370,16 @@ def convert(
 def bench(
     what: Annotated[
         Literal[
-            "attention", "prefill", "plan", "memory", "jax-convert", "jax-attention", "jax-prefill", "jax-decode", "all"
+            "attention",
+            "prefill",
+            "plan",
+            "memory",
+            "jax-convert",
+            "jax-attention",
+            "jax-prefill",
+            "jax-decode",
+            "jax-compile",
+            "all",
         ],
         typer.Argument(help="What to measure."),
     ] = "all",
@@ -275,6 +438,49 @@ def diff(before: ProfileFile, after: ProfileFile, as_json: Json = False) -> int:
     from blindsight_cli.commands.profile import compare
 
     return compare(before, after, as_json=as_json)
+
+
+@profiles.command()
+@guarded
+def retune(
+    file: ProfileFile,
+    budget: BudgetOption = None,
+    thresholds: ThresholdsOption = False,
+    gamma_sink: GammaSink = None,
+    gamma_intra: GammaIntra = None,
+    gamma_dense: GammaDense = None,
+    alpha_first: AlphaFirst = None,
+    alpha_last: AlphaLast = None,
+    quantile: Quantile = None,
+    verify: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="CHECKPOINT PROMPTS", help="Measure on these prompts; they must not be those it was made from."
+        ),
+    ] = None,
+    ranking: RankingOption = None,
+    out: Annotated[Path | None, typer.Option(help="The new profile.", show_default="in place of the old one")] = None,
+    backend: Backend = "torch",
+    device: Device = None,
+    as_json: Json = False,
+) -> int:
+    """Choose categories again, by another budget or thresholds, with no new calibration."""
+    gammas = _thresholds(thresholds, gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile)
+    how = gammas if budget is None else budget
+    if how is None or (gammas is not None and budget is not None):
+        raise typer.BadParameter("choose by --budget or by thresholds: give one of them.")
+    from blindsight_cli.commands.retune import run_retune
+
+    return run_retune(
+        path=file,
+        how=how,
+        ranking=ranking,
+        verify_with=verify,
+        out=out,
+        backend=backend,
+        device=device,
+        as_json=as_json,
+    )
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""The data of a calibration: a JSONL file, one prompt per line.
+"""Files of prompts: JSONL, one prompt per line, for `calibrate` and, with answers, for `eval`.
 
     {"images": ["cats/1.png", "cats/2.png"], "question": "Is it the same cat?"}
+    {"images": ["cats/1.png", "cats/2.png"], "question": "Same cat?", "answer": "yes", "options": ["yes", "no"]}
 
 Pictures are named relative to the file.
 """
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from blindsight_cli.loading import ask, check_image, load_image
@@ -20,14 +22,24 @@ from blindsight_cli.loading import ask, check_image, load_image
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line: its number, counted from 1, the pictures' files, and the question."""
+    """One line.
+
+    Attributes:
+        line: its number, counted from 1.
+        images: the pictures' files.
+        question: the text.
+        answer: the right answer; empty where none was asked for. With options, one of them or its letter.
+        options: the answers to choose from; none for a free answer.
+    """
 
     line: int
     images: tuple[Path, ...]
     question: str
+    answer: str = ""
+    options: tuple[str, ...] = ()
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+def read_prompts(path: Path, limit: int | None = None, *, answered: bool = False) -> list[Prompt]:
     """Reads and checks a whole file, so that a mistake in the last line shows before the first is measured.
 
     Further keys of a line are ignored, empty lines too.
@@ -35,6 +47,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     Args:
         path: the file.
         limit: how many prompts to take, from the first; default: all.
+        answered: every prompt must have an answer; without, answers and options are not looked at.
 
     Raises:
         ValueError: a line is not such a prompt, or names a file that is no picture; or there is no line at all.
@@ -45,15 +58,16 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
         if limit is not None and len(prompts) == limit:
             break
         if line.strip():
-            prompts.append(_parse(line, path, number))
+            prompts.append(_parse(line, path, number, answered))
     if not prompts:
+        more = ', "answer": "..."' if answered else ""
         raise ValueError(
-            f'{path} must have a prompt per line: {{"images": ["a.png", "b.png"], "question": "..."}}. Got none.'
+            f'{path} must have a prompt per line: {{"images": ["a.png", "b.png"], "question": "..."{more}}}. Got none.'
         )
     return prompts
 
 
-def _parse(line: bytes, path: Path, number: int) -> Prompt:
+def _parse(line: bytes, path: Path, number: int, answered: bool) -> Prompt:
     where = f"{path}, line {number}"
     try:
         prompt = json.loads(line)
@@ -75,7 +89,18 @@ def _parse(line: bytes, path: Path, number: int) -> Prompt:
             check_image(image)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
-    return Prompt(number, images, question)
+    return Prompt(number, images, question, *(_answer(prompt, where) if answered else ()))
+
+
+def _answer(prompt: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
+    """Answer and options of a line."""
+    answer, options = prompt.get("answer"), prompt.get("options", [])
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f'{where} must have an "answer", a text that is not empty. Got {answer!r:.80}.')
+    texts = isinstance(options, list) and all(isinstance(option, str) and option.strip() for option in options)
+    if not texts or len(options) == 1:
+        raise ValueError(f'{where}: "options" must be a list of two or more texts. Got {options!r:.80}.')
+    return answer, tuple(options)
 
 
 class PromptLoader:
@@ -96,8 +121,16 @@ class PromptLoader:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for prompt in self.prompts:
-            try:
-                images = [load_image(image) for image in prompt.images]
-            except ValueError as error:
-                raise ValueError(f"{self.path}, line {prompt.line}: {error}") from error
-            yield ask(self.processor, images, prompt.question, self.device)
+            yield ask(self.processor, open_images(prompt, self.path), prompt.question, self.device)
+
+
+def open_images(prompt: Prompt, path: Path) -> list[Image.Image]:
+    """The pictures of a prompt of the file `path`, as RGB.
+
+    Raises:
+        ValueError: one cannot be read; the message names the line.
+    """
+    try:
+        return [load_image(image) for image in prompt.images]
+    except ValueError as error:
+        raise ValueError(f"{path}, line {prompt.line}: {error}") from error
