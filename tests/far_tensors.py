@@ -33,12 +33,13 @@ def far_tensor(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dt
     return whole.as_strided(shape, strides, middle)
 
 
-def run(far: dict[str, tuple[int, ...]], split: bool) -> tuple[np.ndarray, np.ndarray]:
+def run(far: dict[str, tuple[int, ...]], split: bool, skip_dense: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Both kernels, launched as `triton_prefill` does, with some tensors spread out; dense outputs and log-sum-exps.
 
     Args:
         far: strides of `q`, `k`, or the sizes `out` `[T, H]` and `parts` `[n_slots]` that the kernels are told.
         split: text rows in parts, which the merge joins.
+        skip_dense: leave the first head, which is `DENSE`, out of both.
     """
     from blindsight_kernels.triton_configurations import Configuration
     from blindsight_kernels.triton_kernels import merge_kernel, prefill_kernel
@@ -58,7 +59,7 @@ def run(far: dict[str, tuple[int, ...]], split: bool) -> tuple[np.ndarray, np.nd
     layout = Layout(N, 0, N, np.array([(4, 5, 16, 17), (17, 18, 30, 31)]))
     plan = build_plan(layout, SinkTemplate(local_block=16), tile_rows=16, max_keys=16 if split else None)
     work = build_work((plan,) * BATCH, tiles.block_k, q.device)
-    heads = order_heads((Category.DENSE, Category.SINK, Category.INTRA_IMAGE_SINK), KV_HEADS, work)
+    heads = order_heads((Category.DENSE, Category.SINK, Category.INTRA_IMAGE_SINK), KV_HEADS, work, skip_dense)
     n_queries, n_heads = far.get("out", (N, HEADS))
     (n_slots,) = far.get("parts", (work.n_slots,))
     out = far_tensor((BATCH, N, HEADS, DIM), (n_queries * n_heads * DIM, n_heads * DIM, DIM, 1), torch.float32)
@@ -67,7 +68,7 @@ def run(far: dict[str, tuple[int, ...]], split: bool) -> tuple[np.ndarray, np.nd
     part_out = far_tensor((HEADS, max(n_slots, 1), block, DIM), (n_slots * block * DIM, block * DIM, DIM, 1), q.dtype)
     part_lse = far_tensor((HEADS, max(n_slots, 1), block), (n_slots * block, block, 1), q.dtype)
     scale = 0.3 * math.log2(math.e)
-    prefill_kernel[(HEADS * work.n_tiles,)](
+    prefill_kernel[(len(heads) * work.n_tiles,)](
         q, *(_source(x, N, tiles) for x in (k, v)),
         *(_source(pack(x, work), len(work.packed_index), tiles) for x in (k, v)),
         out, lse, part_out, part_lse, work.tiles, heads, work.gathered_rows, work.packed_positions,
@@ -75,8 +76,8 @@ def run(far: dict[str, tuple[int, ...]], split: bool) -> tuple[np.ndarray, np.nd
         D=DIM, BLOCK_Q=block, BLOCK_K=tiles.block_k, N_FIELDS=N_FIELDS, PRECISION="ieee", TMA=False,
     )  # fmt: skip
     if len(work.merges):
-        merge_kernel[(HEADS * len(work.merges),)](
-            part_out, part_lse, out, lse, work.merges, work.gathered_rows,
+        merge_kernel[(len(heads) * len(work.merges),)](
+            part_out, part_lse, out, lse, heads, work.merges, work.gathered_rows,
             len(work.merges), n_slots, n_queries, n_heads, 0, D=DIM, BLOCK_Q=block,
         )  # fmt: skip
     return out.numpy().copy(), lse.numpy().copy()

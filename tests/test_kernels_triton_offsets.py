@@ -53,3 +53,10 @@ def test_far_offsets_are_computed_in_64_bits(worker, near, far):
     assert np.abs(out).min() > 0
     np.testing.assert_array_equal(out, near[split][0])
     np.testing.assert_array_equal(lse, near[split][1])
+
+
+def test_heads_that_are_left_out_are_not_merged(worker, near):
+    out, lse = worker.submit(run, {}, True, skip_dense=True).result()
+    assert not out[:, :, 0].any()  # as allocated
+    assert not lse[:, 0].any()
+    np.testing.assert_array_equal(out[:, :, 1:], near[True][0][:, :, 1:])

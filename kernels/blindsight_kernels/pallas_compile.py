@@ -1,25 +1,30 @@
 """Compiles the Pallas kernel for an H200 without a GPU, and reads what each configuration uses.
 
 `python -m blindsight_kernels.pallas_compile` writes `pallas_resources.json` beside this file, the committed table that
-every change is held against, and demands that eight GPUs need no all-gather. It wants jax's CUDA plug-in, best in an
-environment of its own (where it is installed, jax looks for a GPU at every start)::
+every change is held against; with `--check` it compares and changes nothing. It wants jax's CUDA plug-in, best in a
+folder of its own: where it is installed, jax looks for a GPU at every start. `make test` does this::
 
-    pip install --no-deps jax-cuda13-plugin==0.11.2 jax-cuda13-pjrt==0.11.2 nvidia-cuda-nvcc
+    pip install --no-deps --target FOLDER -r constraints-cuda.txt
+    PYTHONPATH=FOLDER JAX_PLATFORMS=cpu python -m blindsight_kernels.pallas_compile --check
 
 Lowering (`lower`) needs no plug-in: layouts, transforms and the size of shared memory are checked on any machine.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import math
 import os
 import re
+import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from blindsight_kernels.pallas_configurations import HEAD_DIMS, Configuration, configuration
 from blindsight_kernels.pallas_prefill import DTYPES, pallas_attention
@@ -73,16 +78,21 @@ class Resources:
         ]
 
 
+class Compiled(NamedTuple):
+    """A compiled kernel: its virtual assembly and what its machine code uses."""
+
+    ptx: str
+    uses: Resources
+
+
 def name_of(head_dim: int, dtype: str) -> str:
     """The key of a configuration in the table, such as `sm_90a bf16 D=128`."""
     return f"sm_90a {_SHORT[dtype]} D={head_dim}"
 
 
-def abstract_inputs(
-    head_dim: int, dtype: str, *, heads: int = 28, kv_heads: int = 4, tiles: Configuration | None = None
-) -> tuple[Any, ...]:
+def abstract_inputs(head_dim: int, dtype: str, tiles: Configuration | None = None) -> tuple[Any, ...]:
     """Shapes of the arguments of `pallas_attention` for a prompt of 8K tokens: q, k, v, work, categories."""
-    n_queries, n_q_tiles, n_slots = 8192, 83, 8
+    heads, kv_heads, n_queries, n_q_tiles, n_slots = 28, 4, 8192, 83, 8
 
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -110,18 +120,18 @@ def abstract_inputs(
 def lower(head_dim: int, dtype: str, tiles: Configuration | None = None) -> str:
     """Lowers one configuration for CUDA, on any machine. Returns the program's text."""
     attend = jax.jit(partial(pallas_attention, scale=head_dim**-0.5, tiles=tiles))
-    return attend.trace(*abstract_inputs(head_dim, dtype, tiles=tiles)).lower(lowering_platforms=("cuda",)).as_text()
+    return attend.trace(*abstract_inputs(head_dim, dtype, tiles)).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def compile_kernel(head_dim: int, dtype: str, tiles: Configuration | None = None) -> Resources:
+def compile_kernel(head_dim: int, dtype: str, tiles: Configuration | None = None) -> Compiled:
     """Compiles one configuration for an H200.
 
     Raises:
         RuntimeError: no CUDA plug-in, or the compiler does not report what it should.
     """
-    here = jax.sharding.NamedSharding(_gpus(1), jax.sharding.PartitionSpec())
+    here = jax.sharding.NamedSharding(absent_gpus((1,), ("heads",)), jax.sharding.PartitionSpec())
     inputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_inputs(head_dim, dtype, tiles=tiles)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_inputs(head_dim, dtype, tiles)
     )
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
@@ -132,50 +142,28 @@ def compile_kernel(head_dim: int, dtype: str, tiles: Configuration | None = None
         return _read(Path(folder))
 
 
-def compile_sharded(head_dim: int = 128, dtype: str = "bfloat16", n_gpus: int = 8) -> str:
-    """Compiles the kernel for several GPUs, heads sharded over them. Returns the optimised program's text."""
-    mesh = _gpus(n_gpus)
-    replicated, by_head = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(None, "heads")
-    inputs = abstract_inputs(head_dim, dtype, heads=4 * n_gpus, kv_heads=n_gpus)
-    specs = (
-        by_head,
-        by_head,
-        by_head,
-        jax.tree.map(lambda _: replicated, inputs[3]),
-        jax.sharding.PartitionSpec("heads"),
-    )
-    attend = jax.shard_map(
-        partial(pallas_attention, scale=head_dim**-0.5),
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=(jax.sharding.PartitionSpec(None, None, "heads"), by_head),
-        check_vma=False,
-    )
-    placed = jax.tree.map(
-        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec)),
-        inputs,
-        specs,
-    )
-    return str(jax.jit(attend).lower(*placed).compile().as_text())
+def absent_gpus(shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.sharding.Mesh:
+    """A mesh of H200s that are not there, to compile for.
 
-
-def _gpus(n: int) -> jax.sharding.Mesh:
-    """A mesh of H200s that are not there."""
+    Raises:
+        RuntimeError: no CUDA plug-in.
+    """
     if importlib.util.find_spec(PLUG_IN) is None:
         raise RuntimeError(
-            "compiling for a GPU needs jax's CUDA plug-in. It is not installed: pip install --no-deps "
-            f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} nvidia-cuda-nvcc, in an "
-            "environment of its own."
+            "compiling for a GPU needs jax's CUDA plug-in. It is not installed: pip install --no-deps --target FOLDER "
+            f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__} nvidia-cuda-nvcc, and put FOLDER "
+            "on PYTHONPATH."
         )
     jax.config.update("jax_platforms", "cpu")
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     from jax.experimental import topologies
 
+    n = math.prod(shape)
     topology = topologies.get_topology_desc(platform="cuda", target_config=_H200, topology=f"1x1x{n}")
-    return topologies.make_mesh(topology, (n,), ("heads",))
+    return topologies.make_mesh(topology, shape, axes)
 
 
-def _read(folder: Path) -> Resources:
+def _read(folder: Path) -> Compiled:
     """Reads what Mosaic GPU and ptxas wrote about a kernel."""
 
     def number(suffix: str, pattern: str) -> int:
@@ -186,7 +174,7 @@ def _read(folder: Path) -> Resources:
         return found[0]
 
     (ptx,) = (file.read_text(encoding="utf-8") for file in folder.glob("*.ptx"))
-    return Resources(
+    uses = Resources(
         registers=number(".ptxas", r"Used (\d+) registers"),
         stack=number(".ptxas", r"(\d+) bytes stack frame"),
         spill_stores=number(".ptxas", r"stack frame, (\d+) bytes spill stores"),
@@ -195,6 +183,7 @@ def _read(folder: Path) -> Resources:
         tensor_cores=ptx.count("wgmma.mma_async"),
         bulk_copies=ptx.count("cp.async.bulk.tensor"),
     )
+    return Compiled(ptx, uses)
 
 
 def read_table() -> dict[str, Resources]:
@@ -203,20 +192,29 @@ def read_table() -> dict[str, Resources]:
     return {name: Resources(**row["uses"]) for name, row in document["kernels"].items()}
 
 
-def main() -> None:
-    """Compiles every tuned configuration, prints and writes the table."""
-    lines = []
+def main() -> int:
+    """Compiles every tuned configuration; writes the table, or compares with it: 1 where something got worse."""
+    parser = argparse.ArgumentParser(prog="pallas_compile", description="Compiles the Pallas kernel for an H200.")
+    parser.add_argument("--check", action="store_true", help="compare with the committed table, change nothing")
+    check = parser.parse_args().check
+    lines, complaints = [], []
     for dtype in DTYPES:
         for dim in HEAD_DIMS:
-            uses = compile_kernel(dim, dtype)
-            print(name_of(dim, dtype), configuration(dim), uses, flush=True)
+            begun, name = time.perf_counter(), name_of(dim, dtype)
+            uses = compile_kernel(dim, dtype).uses
+            print(f"{name} {configuration(dim)} {uses}, {time.perf_counter() - begun:.1f} s", flush=True)
+            if check:
+                complaints += [f"{name}: {worse}" for worse in uses.worse_than(read_table()[name])]
             row = dict(tiles=asdict(configuration(dim)), uses=asdict(uses))
-            lines.append(f"    {json.dumps(name_of(dim, dtype))}: {json.dumps(row)}")
-    if "all-gather" in compile_sharded():
-        raise RuntimeError("eight GPUs must need no all-gather where heads are sharded. Got one in the program.")
-    head = f'{{\n  "jax": {json.dumps(jax.__version__)},\n  "kernels": {{\n'
-    TABLE.write_text(head + ",\n".join(lines) + "\n  }\n}\n", encoding="utf-8")
+            lines.append(f"    {json.dumps(name)}: {json.dumps(row)}")
+    if complaints:
+        print("\n".join(complaints), file=sys.stderr)
+        return 1
+    if not check:
+        head = f'{{\n  "jax": {json.dumps(jax.__version__)},\n  "kernels": {{\n'
+        TABLE.write_text(head + ",\n".join(lines) + "\n  }\n}\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -120,7 +120,7 @@ def prefill_kernel(
         q: queries `[H, R, D]`, row r of tile r // 128. bfloat16 or float16.
         k, v: keys and values `[B, K, S, D]`, all values finite: zero times NaN is NaN.
         packed_k, packed_v: packed keys and values `[K, P, D]`.
-        tiles: `[4, n_tiles, len(FIELDS)]` int32.
+        tiles: `[5, n_tiles, len(FIELDS)]` int32: under each category, and of a head that is left out.
         heads: `[H, 3]` int32: head, kv head, category, in the order of the launch.
         oldest, newest: `[R]` int32, the positions that each row may look at, where its tile's range does not say less.
         positions: `[P]` int32 positions of the packed keys.

@@ -171,10 +171,10 @@ def compile_kernel(
     )
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
-    return Compiled(compiled.asm["ptx"], *_read(compiled.asm["cubin"], compiled.metadata.shared))
+    return Compiled(compiled.asm["ptx"], *read_cubin(compiled.asm["cubin"], compiled.metadata.shared))
 
 
-def _read(cubin: bytes, shared: int) -> tuple[str, Resources]:
+def read_cubin(cubin: bytes, shared: int) -> tuple[str, Resources]:
     """Reads the machine code of a compiled kernel, and from it registers and instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

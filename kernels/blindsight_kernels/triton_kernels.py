@@ -231,6 +231,7 @@ def merge_kernel(
     part_lse_ptr,  # [H, n_slots, BLOCK_Q] float32, base 2
     out_ptr,  # [B, T, H, D]
     lse_ptr,  # [B, H, T] float32
+    heads_ptr,  # [n_heads_launched, 3] int32: head, kv head, category
     merges_ptr,  # [n_merges, 5] int32
     rows_ptr,  # gathered rows, int32
     n_merges,
@@ -243,7 +244,7 @@ def merge_kernel(
 ):
     """Joins the parts of one gathered tile of one head by their log-sum-exps, in the order of their keys."""
     program = tl.program_id(0)
-    head = program // n_merges
+    head = tl.load(heads_ptr + program // n_merges * 3)
     p_merge = merges_ptr + program % n_merges * 5
     batch = tl.load(p_merge)
     row_start = tl.load(p_merge + 1)

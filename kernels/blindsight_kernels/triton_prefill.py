@@ -157,11 +157,12 @@ def triton_prefill(
             num_stages=chosen.num_stages,
         )
         if work.n_slots:
-            merge_kernel[(n_heads * len(work.merges),)](
+            merge_kernel[(len(heads) * len(work.merges),)](
                 part_out,
                 part_lse,
                 out,
                 lse,
+                heads,
                 work.merges,
                 work.gathered_rows,
                 len(work.merges),

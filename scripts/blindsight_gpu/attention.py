@@ -7,9 +7,11 @@ layers, is a row of its own.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from blindsight_gpu import peers
 from blindsight_gpu.measure import Place, free, seconds_per_call
 from blindsight_gpu.prompts import TEMPLATE, Shape, lengths, make_inputs, make_layout, mixed, shapes
 from blindsight_gpu.results import Results, Row
-from blindsight_kernels.triton_prefill import triton_attention
+from blindsight_kernels.triton_prefill import MAX_KEYS, choose, triton_attention
+from blindsight_kernels.triton_work import build_work, pack
 from shared_profiles import Category, Layout, build_plan, count_pairs
 from torch_blindsight.mixed import mixed_attention
 
@@ -51,7 +54,7 @@ def _one_length(results: Results, place: Place, shape: Shape, length: str, n_tok
         return
     free(place)
     inputs: Inputs = [make_inputs(shape, n_tokens, place, seed) for seed in range(2)]
-    results.measure(case("plan"), partial(_plan_row, shape, layout))
+    results.measure(case("plan"), partial(_plan_row, shape, layout, inputs, place))
     dense = results.measure(case("dense"), partial(_dense_row, shape, layout, inputs, place))
     if dense is None:
         return
@@ -69,11 +72,36 @@ def _facts(shape: Shape, layout: Layout) -> Row:
     )
 
 
-def _plan_row(shape: Shape, layout: Layout) -> Row:
-    """The plan of a prompt never seen before, on the host; all layers share it."""
+def _plan_row(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Row:
+    """What attention costs beside the kernel.
+
+    Once a prompt, on the host: the plan of a prompt never seen before, and its work list, uploaded. In every layer:
+    packing keys and values, on the device, and the host's part of a launch.
+    """
+    q, k, v = inputs[0]
+    tiles = choose(q)
+    rows = math.gcd(tiles.block_q, TEMPLATE.local_block)
     begun = time.perf_counter()
-    plan = build_plan(layout, TEMPLATE, max_keys=16384)
-    return {**_facts(shape, layout), "plan_ms": 1e3 * (time.perf_counter() - begun), "plan_bytes": plan.nbytes}
+    plan = build_plan(layout, TEMPLATE, tile_rows=rows, max_keys=MAX_KEYS)
+    planned = time.perf_counter()
+    work = build_work((plan,), tiles.block_k, place.device)
+    place.wait()
+    built = time.perf_counter()
+    pack_s = seconds_per_call(lambda turn: (pack(inputs[turn % 2][1], work), pack(inputs[turn % 2][2], work)), place)
+    launched = []
+    for _ in range(1 if place.dry_run else 5):
+        place.wait()
+        begin = time.perf_counter()
+        triton_attention(q, k, v, [layout], [Category.INTRA_IMAGE_SINK] * shape.heads, TEMPLATE, scale=shape.dim**-0.5)
+        launched.append(time.perf_counter() - begin)
+    return {
+        **_facts(shape, layout),
+        "plan_ms": 1e3 * (planned - begun),
+        "plan_bytes": plan.nbytes,
+        "work_ms": 1e3 * (built - planned),
+        "pack_ms": 1e3 * pack_s,
+        "launch_ms": 1e3 * median(launched),
+    }
 
 
 def _dense_row(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Row:

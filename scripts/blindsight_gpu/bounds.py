@@ -1,4 +1,4 @@
-"""Part `bounds`: the kernel at 300K tokens and past 2**31 elements against float64, bitwise repeats, and a sanitizer.
+"""Part `bounds`: the kernels at 300K tokens and past 2**31 elements against float64, and bitwise repeats.
 
 At these lengths no N x N matrix exists, so rows are sampled: the last ones, whose offsets are the largest, and others
 at random. Their error may be at most twice that of plain attention in the same precision, the bar of every kernel.
@@ -6,12 +6,9 @@ at random. Their error may be at most twice that of plain attention in the same 
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,15 +17,14 @@ from blindsight_gpu.measure import Place, free
 from blindsight_gpu.prompts import TEMPLATE, Shape, make_layout, row_tables
 from blindsight_gpu.results import Results, Row
 from blindsight_kernels.triton_prefill import triton_attention
-from shared_profiles import Category, Layout
+from shared_profiles import Category, Layout, SinkTemplate
 
 _LIMIT = 2**31
 _ROWS = 48
-_CHECK = 40  # seconds that one check of the sanitizer may take
 
 
 def run(results: Results, place: Place) -> None:
-    """Three launches and the sanitizer."""
+    """Three launches of each kernel; of the Pallas kernel one, in one head, where it must be simulated."""
     causal = Shape("Qwen2.5-VL-7B", 28, 4, 128, 2048, False)
     wide = Shape("64 query heads", 64, 8, 128, 2048, False)
     both_ways = Shape("Gemma-3-12B", 16, 8, 256, 256, True)
@@ -36,30 +32,71 @@ def run(results: Results, place: Place) -> None:
     if place.dry_run:
         causal, wide, both_ways = (Shape("toy", 4, 2, 16, 24, images) for images in (False, False, True))
         length = 128
-    for name, shape, far in (("300K", causal, False), ("past 2**31", wide, True), ("both ways", both_ways, False)):
+    cases = [("300K", causal, False), ("past 2**31", wide, True), ("both ways", both_ways, False)]
+    for name, shape, far in cases:
         free(place)
-        results.measure(f"{name}: {shape.name}", partial(_launch, shape, length, place, far=far))
-    results.measure("compute-sanitizer", partial(_sanitizer, results, place))
+        results.measure(f"{name}: {shape.name}", partial(_launch, triton_attention, shape, length, place, far=far))
+    if place.dry_run:
+        cases = [("both ways", replace(both_ways, heads=1, kv_heads=1, dim=64), False)]
+    for name, shape, far in cases:
+        free(place)
+        results.measure(f"Pallas, {name}: {shape.name}", partial(_launch, pallas, shape, length, place, far=far))
 
 
-def _launch(shape: Shape, n_tokens: int, place: Place, *, far: bool) -> Row:
+Attend = Callable[..., tuple[Tensor, Tensor]]
+
+
+def pallas(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layouts: Sequence[Layout],
+    categories: Sequence[Category],
+    template: SinkTemplate,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The Pallas kernel, called as the Triton one; simulated on a CPU."""
+    import jax  # only here: torch's part needs no JAX
+    import jax.numpy as jnp
+
+    from blindsight_gpu.in_jax import shared
+    from blindsight_kernels.pallas_configurations import configuration
+    from blindsight_kernels.pallas_prefill import pallas_attention
+    from blindsight_kernels.pallas_requirements import plgpu
+    from blindsight_kernels.pallas_work import build_pallas_work, build_plans
+
+    n = q.shape[2]
+    work = build_pallas_work(build_plans(layouts, template), configuration(q.shape[3]).block_k, n_queries=n, n_keys=n)
+    simulator = None if q.is_cuda else plgpu.InterpretGPUParams()
+    heads = jnp.asarray(categories, jnp.int32)
+    out, lse = pallas_attention(shared(q), shared(k), shared(v), work, heads, scale=scale, interpret=simulator)
+    jax.block_until_ready(out)
+    return torch.from_dlpack(out), torch.from_dlpack(lse)
+
+
+def _launch(attend: Attend, shape: Shape, n_tokens: int, place: Place, *, far: bool) -> Row:
     """One launch with all four categories among its heads, twice.
 
     Args:
+        attend: our kernel.
         shape: heads.
         n_tokens: N.
         place: where.
-        far: put keys and values so wide apart that their offsets, like those of the queries, pass 2**31 elements.
+        far: offsets must pass 2**31 elements: those of queries and outputs by their number and, for Triton, those of
+            keys and values, which are put wide apart.
 
     Raises:
         AssertionError: not equal on repeat, or an error past the bar.
     """
     layout = make_layout(shape, n_tokens)
-    q, k, v = _draw(shape, n_tokens, place, far)
+    q, k, v = draw(shape, n_tokens, place, spread=far and attend is not pallas)
+    if attend is pallas:
+        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))  # in a dry run too: it knows no float32
     categories = [Category(head % 4) for head in range(shape.heads)]
     scale = shape.dim**-0.5
-    out, lse = triton_attention(q, k, v, [layout], categories, TEMPLATE, scale=scale)
-    again, again_lse = triton_attention(q, k, v, [layout], categories, TEMPLATE, scale=scale)
+    out, lse = attend(q, k, v, [layout], categories, TEMPLATE, scale=scale)
+    again, again_lse = attend(q, k, v, [layout], categories, TEMPLATE, scale=scale)
     assert torch.equal(out, again), "outputs must be bitwise equal on a second call"
     assert torch.equal(lse, again_lse), "log-sum-exps must be bitwise equal on a second call"
     rows = _sample(layout, place)
@@ -82,19 +119,19 @@ def _launch(shape: Shape, n_tokens: int, place: Place, *, far: bool) -> Row:
     }
 
 
-def _draw(shape: Shape, n_tokens: int, place: Place, far: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Random inputs; far ones are cut from an allocation that is eight times as wide."""
+def draw(shape: Shape, n_tokens: int, place: Place, *, spread: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Random inputs; keys and values may be cut from an allocation that is eight times as wide."""
     generator = torch.Generator(place.device).manual_seed(0)
 
-    def draw(heads: int, width: int) -> Tensor:
+    def one(heads: int, width: int) -> Tensor:
         size = (1, n_tokens, heads, width * shape.dim)
         whole = torch.empty(size, dtype=place.dtype, device=place.device)
         part = whole[..., -shape.dim :]
         part.normal_(generator=generator)
         return part.transpose(1, 2)
 
-    width = 8 if far else 1
-    return draw(shape.heads, 1), draw(shape.kv_heads, width), draw(shape.kv_heads, width)
+    width = 8 if spread else 1
+    return one(shape.heads, 1), one(shape.kv_heads, width), one(shape.kv_heads, width)
 
 
 def _sample(layout: Layout, place: Place) -> Tensor:
@@ -107,8 +144,7 @@ def _sample(layout: Layout, place: Place) -> Tensor:
 
 def _some(categories: list[Category]) -> list[tuple[int, Category]]:
     """Heads to compare: the first and the last of every category."""
-    n = len(categories)
-    return [(head, categories[head]) for head in sorted({*range(4), *range(n - 4, n)})]
+    return [(head, c) for head, c in enumerate(categories) if head < 4 or head >= len(categories) - 4]
 
 
 def _errors(
@@ -134,42 +170,3 @@ def _errors(
     of_lse = (lse[0, head, rows].double() - scores.logsumexp(-1)).abs().max()
     ours = (out[0, rows, head].double() - exact).abs().max()
     return float(ours), float((plain.double() - exact).abs().max()), float(of_lse)
-
-
-def _sanitizer(results: Results, place: Place) -> Row:
-    """Out-of-bounds accesses and races of a small launch, by the tool that comes with CUDA.
-
-    Raises:
-        RuntimeError: it found something.
-    """
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if place.dry_run or not Path(tool).exists():
-        return {"note": "not run: a dry run" if place.dry_run else "not run: compute-sanitizer is not installed"}
-    row: Row = {}
-    for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "99", sys.executable, "-m", __name__]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK, check=False, env=_uncached())
-        except subprocess.TimeoutExpired:
-            row[check] = f"did not end in {_CHECK} s"
-            continue
-        said = (done.stdout + done.stderr).strip().splitlines()
-        row[check] = next((line for line in reversed(said) if "SUMMARY" in line), said[-1] if said else "said nothing")
-        if done.returncode == 99:
-            raise RuntimeError(f"{check}: {said[-20:]}")
-        if done.returncode:
-            row[check] = f"did not run: {row[check]}"
-    return row
-
-
-def _uncached() -> dict[str, str]:
-    """Without torch's caching allocator every tensor is an allocation, and reads past its end are seen."""
-    return {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-
-
-if __name__ == "__main__":
-    small = Shape("small", 4, 2, 64, 300, False)
-    prompt = make_layout(small, 1000)
-    tensors = _draw(small, 1000, Place(dry_run=False), far=False)
-    triton_attention(*tensors, [prompt], list(Category), TEMPLATE, scale=0.125, max_keys=256)
-    torch.cuda.synchronize()

@@ -34,15 +34,20 @@ def _suite(results: Results, place: Place) -> Row:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *parallel, *tests]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # JAX would take the memory from the other workers
-    done = subprocess.run(
-        [*command, f"--junitxml={report}"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=max(results.deadline - time.monotonic(), 1),
-        check=False,
-    )
+    left = max(results.deadline - time.monotonic(), 1)
+    try:
+        done = subprocess.run(
+            [*command, f"--junitxml={report}"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=left,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+        raise RuntimeError(f"pytest did not end in {left:.0f} s: {said[-400:]}") from None
     if not report.exists():
         raise RuntimeError(f"pytest ended with {done.returncode} and no report: {(done.stdout + done.stderr)[-400:]}")
     counts = read_junit(report)

@@ -143,10 +143,10 @@ def predict(shape: Shape, layout: Layout, category: Category, tiles: Configurati
     cycles = np.full(len(table), float(BEGIN + END))
     for n, loop in zip(iterations, kernel.loops, strict=True):
         cycles += n * kernel.cycles(loop) + FILL * (n > 0)
-    return _makespan(np.tile(cycles, shape.heads), SMS * kernel.programs) / CLOCK
+    return makespan(np.tile(cycles, shape.heads), SMS * kernel.programs) / CLOCK
 
 
-def _makespan(cycles: np.ndarray, slots: int) -> float:
+def makespan(cycles: np.ndarray, slots: int) -> float:
     """When the last of these programs ends, each begun, in order, where one has ended before."""
     free = [0.0] * slots
     for one in cycles.tolist():

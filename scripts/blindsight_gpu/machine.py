@@ -9,11 +9,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
-_SOURCES = ("shared_profiles", "kernels/blindsight_kernels", "torch_blindsight", "scripts/blindsight_gpu")
-_PACKAGES = ("torch", "triton", "transformers", "numpy")
+_SOURCES = (
+    "shared_profiles",
+    "kernels/blindsight_kernels",
+    "torch_blindsight",
+    "jax_blindsight",
+    "scripts/blindsight_gpu",
+)
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "jax", "jaxlib", "jax-cuda13-plugin", "flax", "tokamax")
 _CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "driver_version")
 
 
@@ -23,6 +27,8 @@ def describe(dry_run: bool) -> dict[str, Any]:
     Args:
         dry_run: leave the GPU out: nothing is measured on it.
     """
+    import torch  # only here: result files are read without it
+
     gpu: dict[str, Any] = {"name": f"none (dry run on {platform.processor() or platform.machine()})"}
     if not dry_run:
         properties = torch.cuda.get_device_properties(0)

@@ -35,6 +35,11 @@ class Place:
         """What the benchmarks compute in."""
         return torch.float32 if self.dry_run else torch.bfloat16
 
+    def wait(self) -> None:
+        """Until everything that was launched has ended."""
+        if not self.dry_run:
+            torch.cuda.synchronize()
+
 
 def seconds_per_call(call: Callable[[int], object], place: Place, *, once: bool = False) -> float:
     """Median seconds of `call(turn)`, by CUDA events after a warm-up.

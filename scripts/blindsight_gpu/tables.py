@@ -6,16 +6,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from blindsight_gpu.plots import RATE, SPEED_UP
 from blindsight_gpu.results import Row, read
 
 BEGIN, END = "<!-- gpu-results:begin -->", "<!-- gpu-results:end -->"
 COMMAND = "PYTHONPATH=.:kernels:scripts python scripts/gpu_check.py --out docs/results"
 _NOT_YET = f"Not yet measured on a GPU; run `{COMMAND}` on one, then `python scripts/render_results.py`."
 _SHOWN = (
-    *("ours_ms", "dense_ms", "flex_ms", "varlen_ms", "speed_up", "useful_tflops", "predicted_ms", "plan_ms"),
-    *("dense_s", "sparse_s", "seconds_per_image", "seconds", "peak_gib", "passed", "failed", "largest_error"),
+    *("ours_ms", "pallas_ms", "triton_ms", "dense_ms", "flex_ms", "varlen_ms", "tokamax_ms", "speed_up"),
+    *("against_triton", "useful_tflops", "predicted_ms", "plan_ms", "work_ms", "pack_ms", "launch_ms", "dense_s"),
+    *("sparse_s", "attention_share", "seconds_per_image", "seconds", "compile_s", "peak_gib", "passed", "failed"),
+    "largest_error",
 )
-_PARTS = ("correctness", "bounds", "attention", "model", "calibration", "tune")
+_PARTS = ("correctness", "bounds", "attention", "pallas", "model", "jax_model", "calibration", "sanitizer", "tune")
 
 
 def summary(part: str, document: dict[str, Any]) -> str:
@@ -33,16 +36,14 @@ def _line(row: Row) -> str:
     return f"   {row['case']}: " + ", ".join(f"{name} {shown[name]:.4g}" for name in _SHOWN if name in shown)
 
 
-def section(folder: Path) -> str:
-    """The README's section: tables of what is measured, or one sentence where nothing is.
+def measured(folder: Path) -> dict[str, dict[str, Any]]:
+    """The result files of a folder, by part.
 
     Raises:
         ValueError: a result is from a dry run, or the results are of different GPUs.
     """
     found = {part: read(folder / f"gpu-{part}.json") for part in _PARTS}
     documents = {part: document for part, document in found.items() if document is not None}
-    if not documents:
-        return _NOT_YET
     for part, document in documents.items():
         if document["dry_run"]:
             raise ValueError(
@@ -52,11 +53,25 @@ def section(folder: Path) -> str:
     names = {document["machine"]["gpu"]["name"] for document in documents.values()}
     if len(names) > 1:
         raise ValueError(f"all results must be of one GPU. Got {', '.join(sorted(names))}: measure them all on one.")
-    makers = {"correctness": _correctness, "bounds": _bounds, "attention": _attention, "model": _model}
-    makers |= {"calibration": _calibration}
-    parts = [_machine(documents), *(makers[part](_good(documents[part])) for part in makers if part in documents)]
-    parts += [_missing(documents)]
-    return "\n\n".join(filter(None, parts))
+    return documents
+
+
+def section(folder: Path) -> str:
+    """The README's section: tables of what is measured, or one sentence where nothing is.
+
+    Raises:
+        ValueError: as `measured`.
+    """
+    documents = measured(folder)
+    if not documents:
+        return _NOT_YET
+    rows = {part: _good(document) for part, document in documents.items()}
+    makers = {"correctness": _correctness, "bounds": _bounds, "attention": _attention, "pallas": _pallas}
+    makers |= {"model": _model, "jax_model": _jax_model, "calibration": _calibration, "sanitizer": _sanitizer}
+    parts = [_machine(documents), *(makers[part](rows[part]) for part in makers if part in rows)]
+    if any("speed_up" in row for part in ("attention", "pallas") for row in rows.get(part, [])):
+        parts.insert(1, f"![speed-up against length](docs/{SPEED_UP})\n![useful TFLOP/s and the bound](docs/{RATE})")
+    return "\n\n".join(filter(None, [*parts, _missing(documents)]))
 
 
 def render(readme: str, folder: Path) -> str:
@@ -91,8 +106,8 @@ def _machine(documents: dict[str, dict[str, Any]]) -> str:
     return (
         f"Measured on one {gpu['name']} (driver {gpu.get('driver_version', 'unknown')}, SM clock at most "
         f"{gpu.get('clocks.max.sm', 'unknown')}), torch {versions['torch']}, triton {versions['triton']}, cuDNN "
-        f"{versions['cudnn']}; commit `{str(machine['commit'])[:12]}`; medians by CUDA events. Result files: "
-        "`docs/results/gpu-*.json`."
+        f"{versions['cudnn']}, jax {versions.get('jax')}; commit `{str(machine['commit'])[:12]}`; medians, by CUDA "
+        "events in torch and by bursts of launches in JAX. Result files: `docs/results/gpu-*.json`."
     )
 
 
@@ -135,26 +150,85 @@ def _attention(rows: list[Row]) -> str:
     denominators = sorted({row["denominator"] for row in rows if "denominator" in row})
     head = ["one layer (ms)", "ours", "dense", "speed-up", "bound", "FlexAttention", "varlen", "TFLOP/s"]
     said = f"Dense, the denominator, is {'; '.join(denominators)}. The bound is kept pairs at the dense kernel's rate."
-    return f"{_table(head, body)}\n\n{said} The varlen composition computes the rows of images only."
+    text = f"{_table(head, body)}\n\n{said} The varlen composition computes the rows of images only."
+    costs = [
+        f"{row['case'].removesuffix(': plan')}: {row['plan_ms']:.2f} + {row['work_ms']:.2f} a prompt, "
+        f"{row['pack_ms']:.2f} + {row['launch_ms']:.2f} a layer"
+        for row in rows
+        if "pack_ms" in row
+    ]
+    return (
+        f"{text}\n\nBeside the kernel (ms; plan + work list, packing + launch): {'; '.join(costs)}." if costs else text
+    )
+
+
+def _pallas(rows: list[Row]) -> str:
+    body = [
+        [
+            f"{row['shape']} {row['heads']}, {row['tokens']:,}: {row['profile']}",
+            _number(row, "pallas_ms"),
+            _number(row, "triton_ms", note=row.get("triton_note", "")),
+            _number(row, "against_triton", "{:.2f}x"),
+            _number(row, "speed_up", "{:.2f}x"),
+            _number(row, "bound_ms"),
+            _number(row, "tokamax_ms", note=row.get("tokamax_note", "")),
+            _number(row, "useful_tflops", "{:.0f}"),
+            _number(row, "compile_s", "{:.1f}"),
+        ]
+        for row in rows
+        if "pallas_ms" in row
+    ]
+    head = ["one layer in JAX (ms)", "Pallas", "Triton, same inputs", "of Triton", "over cuDNN in JAX", "bound"]
+    return _table([*head, "tokamax", "TFLOP/s", "compile s"], body)
 
 
 def _model(rows: list[Row]) -> str:
     body = [
         [
             f"{row['case']}, {row['tokens']:,} tokens",
-            _number(row, "dense_s"),
-            _number(row, "sparse_s"),
-            f"{row['speed_up']:.2f}x",
+            _number(row, "dense_s", note=row.get("dense_note", "")),
+            _number(row, "sparse_s", note=row.get("sparse_note", "")),
+            _number(row, "speed_up", "{:.2f}x"),
+            _number(row, "attention_share", "{:.0%}"),
             _number(row, "tower_s"),
             _number(row, "ttft_speed_up", "{:.2f}x"),
             _number(row, "dense_peak_gib", "{:.0f}"),
             _number(row, "sparse_peak_gib", "{:.0f}"),
         ]
         for row in rows
-        if "sparse_s" in row
+        if "forwards" in row
     ]
-    head = ["language model, random weights (s)", "dense", "sparse", "speed-up", "vision tower", "with tower"]
-    return _table([*head, "peak GiB dense", "sparse"], body)
+    head = ["language model, random weights (s)", "dense", "sparse", "speed-up", "attention's share"]
+    return _table([*head, "vision tower", "with tower", "peak GiB dense", "sparse"], body)
+
+
+def _jax_model(rows: list[Row]) -> str:
+    sides: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        name, _, side = row["case"].rpartition(", ")
+        sides.setdefault(name, {})[side] = row
+    body = []
+    for name, found in sides.items():
+        dense, sparse, measured_ = (found.get(side, {}) for side in ("dense", "sparse", "calibration"))
+        both = {"ratio": dense["seconds"] / sparse["seconds"]} if "seconds" in dense and "seconds" in sparse else {}
+        body.append(
+            [
+                f"{name}, {next(iter(found.values()))['tokens']:,} tokens",
+                _number(dense, "seconds", note=dense.get("note", "")),
+                _number(sparse, "seconds", note=sparse.get("note", "")),
+                _number(both, "ratio", "{:.2f}x"),
+                _number(sparse, "compile_s", "{:.0f}"),
+                _number(sparse, "peak_gib", "{:.0f}"),
+                _number(measured_, "seconds"),
+            ]
+        )
+    head = ["the same in JAX (s)", "dense", "sparse", "speed-up", "compile, once a bucket", "peak GiB so far"]
+    return _table([*head, "calibrating it"], body)
+
+
+def _sanitizer(rows: list[Row]) -> str:
+    said = [f"{row['case']}: {row.get('note') or row[row['case'].split(':')[0]]}" for row in rows]
+    return f"Sanitizer: {'; '.join(said)}." if said else ""
 
 
 def _calibration(rows: list[Row]) -> str:
