@@ -8,6 +8,7 @@ import sys
 
 # Before torch and transformers are first imported, here or in a subprocess a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share few cores, and sums keep one order
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take the GPU's memory from torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once, wherever it runs
 
 import numpy as np
