@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 try:
     import typer
@@ -17,9 +17,26 @@ except ModuleNotFoundError:  # a plain `pip install blindsight` brings this comm
     raise SystemExit(3) from None
 
 from blindsight_cli.errors import guarded
-
-if TYPE_CHECKING:
-    from shared_profiles.classifier import Thresholds
+from blindsight_cli.options import (
+    DEFAULT_BUDGET,
+    AlphaFirst,
+    AlphaLast,
+    Backend,
+    BudgetOption,
+    Checkpoint,
+    Device,
+    Dtype,
+    GammaDense,
+    GammaIntra,
+    GammaSink,
+    Json,
+    ProfileOption,
+    Quantile,
+    RankingOption,
+    ThresholdsOption,
+    typed_thresholds,
+)
+from blindsight_cli.profile_main import app as profile_app
 
 _EPILOG = (
     "Exit codes: 0 fine; 1 a check failed or a difference was found; 2 wrong input; 3 profile, model and versions do "
@@ -33,72 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # an unexpected error keeps its plain traceback
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-profiles = typer.Typer(help="Show, validate, compare and retune profiles.", no_args_is_help=True)
-app.add_typer(profiles, name="profile")
-
-Checkpoint = Annotated[Path, typer.Argument(help="Folder of a Qwen2-VL, Qwen2.5-VL or Gemma 3 checkpoint.")]
-ProfileFile = Annotated[Path, typer.Argument(help="A profile.", exists=True, dir_okay=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: the checkpoint's own.")
-]
-Backend = Annotated[Literal["torch", "jax"], typer.Option(help="The framework that runs the model.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one")]
-DEFAULT_BUDGET = 0.01
-
-BudgetOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Allowed KL divergence of the next token, in nats; the default way to choose.", show_default="0.01"
-    ),
-]
-RankingOption = Annotated[
-    Literal["gradient", "residual", "error"] | None,
-    typer.Option(
-        help="What orders the heads for a budget.", show_default="gradient (one backward pass a prompt); in JAX error"
-    ),
-]
-ThresholdsOption = Annotated[
-    bool, typer.Option("--thresholds", help="Choose by retained mass instead; so do the options below.")
-]
-GammaSink = Annotated[float | None, typer.Option(help="Mass that SINK must retain.", min=0, max=1, show_default="0.95")]
-GammaIntra = Annotated[
-    float | None, typer.Option(help="Mass that INTRA_IMAGE must retain.", min=0, max=1, show_default="0.95")
-]
-GammaDense = Annotated[
-    float | None,
-    typer.Option(
-        help="Mass that INTRA_IMAGE_SINK must retain, or the head stays DENSE.", min=0, max=1, show_default="0.9"
-    ),
-]
-AlphaFirst = Annotated[
-    float | None, typer.Option(help="Scale of the gammas in the first layer.", min=0, show_default="1")
-]
-AlphaLast = Annotated[
-    float | None, typer.Option(help="Scale in the last layer; linear between.", min=0, show_default="1")
-]
-Quantile = Annotated[
-    float | None,
-    typer.Option(help="Quantile over prompts that must pass; smaller is stricter.", min=0, max=1, show_default="0.5"),
-]
-
-
-def _thresholds(
-    asked: bool,
-    gamma_sink: float | None,
-    gamma_intra: float | None,
-    gamma_dense: float | None,
-    alpha_first: float | None,
-    alpha_last: float | None,
-    quantile: float | None,
-) -> Thresholds | None:
-    """The thresholds that were typed; None if none was and `--thresholds` neither."""
-    from shared_profiles.classifier import Thresholds
-
-    names = ("gamma_sink", "gamma_intra", "gamma_dense", "alpha_first", "alpha_last", "quantile")
-    values = (gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile)
-    typed = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-    return Thresholds(**typed) if typed or asked else None
+app.add_typer(profile_app, name="profile")
 
 
 def _version(asked: bool) -> None:
@@ -201,7 +153,7 @@ def calibrate(
     from shared_profiles.budget import Budget
     from shared_profiles.template import SinkTemplate
 
-    gammas = _thresholds(thresholds, gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile)
+    gammas = typed_thresholds(thresholds, gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile)
     if gammas is not None and (budget is not None or ranking is not None):
         raise typer.BadParameter("choose by --budget or by thresholds: leave out the others.")
     found_by = gammas or Budget(DEFAULT_BUDGET if budget is None else budget, ranking or RANKING[backend])
@@ -227,10 +179,7 @@ def run(
     checkpoint: Checkpoint,
     image: Annotated[list[Path], typer.Option(help="A picture; repeat for more.", exists=True, dir_okay=False)],
     question: Annotated[str, typer.Option(help="What to ask about them.")],
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="The profile.", exists=True, dir_okay=False, show_default="the one that patch() finds"),
-    ] = None,
+    profile: ProfileOption = None,
     dense: Annotated[bool, typer.Option("--dense", help="Leave the model unpatched.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Answer both ways and compare.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.", min=1)] = 64,
@@ -273,10 +222,7 @@ def evaluate(
             dir_okay=False,
         ),
     ],
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="The profile.", exists=True, dir_okay=False, show_default="the one that patch() finds"),
-    ] = None,
+    profile: ProfileOption = None,
     calibration: Annotated[
         Path | None,
         typer.Option(help="What it was calibrated on; no item may be there.", exists=True, dir_okay=False),
@@ -321,10 +267,7 @@ def analyze(
         typer.Argument(metavar="[PROMPTS]", help="JSONL of prompts, as for calibrate.", exists=True, dir_okay=False),
     ] = None,
     puzzles: Annotated[int | None, typer.Option(help="Take so many synthetic puzzles instead.", min=1)] = None,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="The profile.", exists=True, dir_okay=False, show_default="the one that patch() finds"),
-    ] = None,
+    profile: ProfileOption = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("analysis.html"),
     limit: Annotated[int | None, typer.Option(help="Take only the first prompts.", min=1)] = None,
     dtype: Dtype = "auto",
@@ -404,83 +347,6 @@ def report(
     from blindsight_cli.commands.report import run_report
 
     return run_report(data, out, as_json=as_json)
-
-
-@profiles.command()
-@guarded
-def show(file: ProfileFile, as_json: Json = False) -> int:
-    """Show model, choice, categories and statistics of a profile."""
-    from blindsight_cli.commands.profile import show as run_show
-
-    return run_show(file, as_json=as_json)
-
-
-@profiles.command()
-@guarded
-def validate(
-    file: ProfileFile,
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Checkpoint folder that it must belong to."),
-    ] = None,
-    as_json: Json = False,
-) -> int:
-    """Check that a profile is whole and, with --model, that it belongs to that model."""
-    from blindsight_cli.commands.profile import validate as run_validate
-
-    return run_validate(file, model, as_json=as_json)
-
-
-@profiles.command()
-@guarded
-def diff(before: ProfileFile, after: ProfileFile, as_json: Json = False) -> int:
-    """List how two profiles differ; exit code 1 if they do."""
-    from blindsight_cli.commands.profile import compare
-
-    return compare(before, after, as_json=as_json)
-
-
-@profiles.command()
-@guarded
-def retune(
-    file: ProfileFile,
-    budget: BudgetOption = None,
-    thresholds: ThresholdsOption = False,
-    gamma_sink: GammaSink = None,
-    gamma_intra: GammaIntra = None,
-    gamma_dense: GammaDense = None,
-    alpha_first: AlphaFirst = None,
-    alpha_last: AlphaLast = None,
-    quantile: Quantile = None,
-    verify: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option(
-            metavar="CHECKPOINT PROMPTS", help="Measure on these prompts; they must not be those it was made from."
-        ),
-    ] = None,
-    ranking: RankingOption = None,
-    out: Annotated[Path | None, typer.Option(help="The new profile.", show_default="in place of the old one")] = None,
-    backend: Backend = "torch",
-    device: Device = None,
-    as_json: Json = False,
-) -> int:
-    """Choose categories again, by another budget or thresholds, with no new calibration."""
-    gammas = _thresholds(thresholds, gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile)
-    how = gammas if budget is None else budget
-    if how is None or (gammas is not None and budget is not None):
-        raise typer.BadParameter("choose by --budget or by thresholds: give one of them.")
-    from blindsight_cli.commands.retune import run_retune
-
-    return run_retune(
-        path=file,
-        how=how,
-        ranking=ranking,
-        verify_with=verify,
-        out=out,
-        backend=backend,
-        device=device,
-        as_json=as_json,
-    )
 
 
 def main() -> None:
