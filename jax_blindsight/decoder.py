@@ -48,7 +48,7 @@ def rope_rotation(config: TextConfig, rope: Rope, positions: Array) -> Rotation:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention around the caller's `attend`."""
+    """What stands before and after grouped-query attention."""
 
     def __init__(self, config: TextConfig) -> None:
         width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
@@ -61,13 +61,16 @@ class Attention(nnx.Module):
         self.k_norm = norm() if config.qk_norm else None
         self.head_dim = config.head_dim
 
-    def __call__(self, x: Array, by: Rotation, layer: int, attend: Attend) -> Array:
-        """Attends: `[B, T, E]` to `[B, T, E]`; `by` as `rope_rotation` gives it."""
+    def project(self, x: Array, by: Rotation) -> tuple[Array, Array, Array]:
+        """`[B, T, E]` to q `[B, H, T, D]` and k, v `[B, K, T, D]`; q and k rotated, `by` as of `rope_rotation`."""
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(layer, rotate(q, by), rotate(k, by), v)  # [B, T, H, D]
-        return self.o_proj(out.reshape(*x.shape[:-1], -1))
+        return rotate(q, by), rotate(k, by), v
+
+    def merge(self, out: Array) -> Array:
+        """What was attended, `[B, T, H, D]`, to `[B, T, E]`."""
+        return self.o_proj(out.reshape(*out.shape[:2], -1))
 
     def _heads(self, x: Array) -> Array:
         """`[B, T, heads * D]` to `[B, heads, T, D]`."""
@@ -87,7 +90,15 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x: Array, by: Rotation, layer: int, attend: Attend) -> Array:
         """One layer: `[B, T, E]` to `[B, T, E]`."""
-        branch = self.attention(self.pre_attention_norm(x), by, layer, attend)
+        return self.end(x, attend(layer, *self.begin(x, by)))
+
+    def begin(self, x: Array, by: Rotation) -> tuple[Array, Array, Array]:
+        """Up to the attention: `[B, T, E]` to q, k and v, see `Attention.project`."""
+        return self.attention.project(self.pre_attention_norm(x), by)
+
+    def end(self, x: Array, out: Array) -> Array:
+        """From the attention on: the layer's input `[B, T, E]` and what was attended `[B, T, H, D]` to `[B, T, E]`."""
+        branch = self.attention.merge(out)
         x = x + (branch if self.post_attention_norm is None else self.post_attention_norm(branch))
         branch = self.mlp(self.pre_mlp_norm(x))
         return x + (branch if self.post_mlp_norm is None else self.post_mlp_norm(branch))

@@ -21,7 +21,7 @@ from jax_blindsight.config import ModelConfig
 from jax_blindsight.model import decode, embed_tokens, unembed
 from jax_blindsight.params import Params
 from jax_blindsight.prefill import Prefilled, sparse_prefill
-from jax_blindsight.sharding import batch_sharded
+from jax_blindsight.sharding import sharded_rows
 
 _NEVER = float(np.finfo(np.float32).min)  # a score that softmax makes 0; finite
 
@@ -62,6 +62,7 @@ def generate(
     seed: int = 0,
     eos: int | Collection[int] | None = None,
     dense: bool = False,
+    impl: str | None = None,
 ) -> np.ndarray:
     """Writes an answer to every prompt of a batch: `sparse_prefill`, then `write`, whose options these are.
 
@@ -69,16 +70,17 @@ def generate(
         params: weights, configuration and profile, from `load`.
         inputs: the prompts, as for `sparse_prefill`.
         dense: prefill every head dense.
+        impl: what computes the prefill's attention, see `sparse_prefill`.
 
     Returns:
         `[B, n_new]` int32, see `write`.
 
     Raises:
-        ValueError: an option is out of its range, or see `sparse_prefill`.
+        ValueError, NotImplementedError, ImportError: an option is out of its range, or see `sparse_prefill`.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
     width = np.shape(inputs.get("input_ids", ()))[-1:] or (0,)
-    start = sparse_prefill(params, inputs, capacity=width[0] + max_new_tokens, dense=dense)
+    start = sparse_prefill(params, inputs, capacity=width[0] + max_new_tokens, dense=dense, impl=impl)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos=eos)
     return write(params, start, max_new_tokens=max_new_tokens, **options)[0]  # type: ignore[arg-type]
 
@@ -191,7 +193,7 @@ def _step(
         seen = (slots >= first) & (slots <= length)  # [B, S]
         return _attend_one(q, k, v, seen, config.text.scale)
 
-    hidden = batch_sharded(mesh, embed_tokens(weights, config, tokens[:, None]))
+    hidden = sharded_rows(mesh, embed_tokens(weights, config, tokens[:, None]))
     hidden = decode(weights, config, hidden, positions, attend_layer)
     new_keys, new_values = zip(*filled, strict=True)
     return unembed(weights, config, hidden[:, 0]), new_keys, new_values

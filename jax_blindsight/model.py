@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from jax_blindsight.config import ModelConfig, QwenVisionConfig
-from jax_blindsight.decoder import Attend, Decoder
+from jax_blindsight.config import ModelConfig, QwenVisionConfig, TextConfig
+from jax_blindsight.decoder import Attend, Decoder, DecoderLayer
+from jax_blindsight.layers import Rotation
 from jax_blindsight.vision_inputs import VisionInputs
 from jax_blindsight.vision_qwen import QwenVision
 from jax_blindsight.vision_siglip import SiglipVision
@@ -46,6 +47,12 @@ def _split(config: ModelConfig) -> tuple[nnx.GraphDef, Weights]:
 
 def _merge(weights: Weights, config: ModelConfig) -> VisionLanguageModel:
     return nnx.merge(_split(config)[0], weights)
+
+
+@lru_cache
+def _layer_graph(config: TextConfig) -> nnx.GraphDef:
+    """The graph of one decoder layer; all layers of a model have the same."""
+    return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config)))[0]
 
 
 def abstract_weights(config: ModelConfig, dtype: Any) -> Weights:
@@ -78,6 +85,31 @@ def decode(weights: Weights, config: ModelConfig, hidden: Array, positions: Arra
         `[B, T, E]`.
     """
     return _merge(weights, config).decoder(hidden, positions, attend)
+
+
+def begin_layer(weights: Weights, config: ModelConfig, hidden: Array, by: Rotation) -> tuple[Array, Array, Array]:
+    """One decoder layer up to its attention.
+
+    Args:
+        weights: of the layer, `weights["decoder"]["layers"][i]`.
+        config: of the model.
+        hidden: `[B, T, E]`.
+        by: from `decoder.rope_rotation` with the layer's rope.
+
+    Returns:
+        q `[B, H, T, D]`, k and v `[B, K, T, D]`; q and k are rotated and not scaled.
+    """
+    return nnx.merge(_layer_graph(config.text), weights).begin(hidden, by)
+
+
+def end_layer(weights: Weights, config: ModelConfig, hidden: Array, out: Array) -> Array:
+    """One decoder layer from its attention on: its input `[B, T, E]` and what was attended `[B, T, H, D]`."""
+    return nnx.merge(_layer_graph(config.text), weights).end(hidden, out)
+
+
+def final_norm(weights: Weights, config: ModelConfig, hidden: Array) -> Array:
+    """The last layer's hidden states `[..., E]`, normalised."""
+    return _merge(weights, config).decoder.norm(hidden)
 
 
 def unembed(weights: Weights, config: ModelConfig, hidden: Array) -> Array:

@@ -95,6 +95,7 @@ def load(
     path: str | os.PathLike[str],
     profile: Profile | str | os.PathLike[str] | None = None,
     *,
+    search: bool = True,
     dtype: str = "auto",
     mesh: Mesh | None = None,
     allow_mismatch: bool = False,
@@ -105,6 +106,7 @@ def load(
         path: the folder, or the name of a repository on the Hugging Face hub, `owner/name`, which is downloaded.
         profile: a profile, or the path of one. Default: one made for this very model is looked for beside the
             checkpoint, in the user's cache folder, and among those bundled.
+        search: look for a profile where none is given. False: load without one, whatever lies beside the checkpoint.
         dtype: of the weights: "float32", "bfloat16" or "float16"; "auto" takes the checkpoint's own.
         mesh: split the model over these devices, see `jax_blindsight.sharding.make_mesh`.
         allow_mismatch: accept a given profile of another model with as many layers and heads.
@@ -133,7 +135,7 @@ def load(
         text = hf_config.get_text_config().to_dict()
         fingerprint = make_fingerprint(config.family, text, source.projections())
     if profile is None:
-        found = find_profile(fingerprint, str(folder))
+        found = find_profile(fingerprint, str(folder)) if search else None
         profile = None if found is None else found[0]
     else:
         profile = profile if isinstance(profile, Profile) else Profile.load(profile)

@@ -1,23 +1,24 @@
-"""The portable attention in XLA: loops over the tiles of the work list, each a softmax carried over chunks of keys.
+"""The portable attention in XLA: loops over heads, and over the tiles of the work list, a softmax over chunks of keys.
 
-A tile's rows are the left side of every product, a chunk of keys the right side, all heads of a category at once:
+A tile's rows are the left side of every product, a chunk of keys the right side, one head at a time:
 
-    tile of rows  x  packed chunk, packed chunk, ...      (gathered once per layer)
+    tile of rows  x  packed chunk, packed chunk, ...      (gathered once per head)
                   x  chunk, chunk, ..., chunk             (its range [lo, hi), from the end to the start)
 
 Loops run as often as the work list says, so nothing is computed for tiles, chunks or causal halves that are not
-there, and nothing grows with T x S. Scores and sums are float32 (float64 for float64).
+there, and nothing grows with T x S. The category of a head says which tiles it walks and is data: one program serves
+every layer. Scores and sums are float32 (float64 for float64).
+
+All heads of a category at once would be larger products, but measured slower on a CPU: the scores of one head's tile
+stay in a core's cache.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_blindsight.work import GATHERED_ROWS, TILE_ROWS, AttentionWork
-from shared_profiles import Category
 
 # Keys of a chunk: for tiles, for the few rows of gathered tiles, and of packed keys. Small enough that a chunk's scores
 # stay in a core's cache.
@@ -26,182 +27,132 @@ _CHUNK, _GATHERED_CHUNK, _PACKED_CHUNK = 128, 512, 64
 _SPARE = 8
 _HIDDEN = -1e30  # finite, so that a row whose chunk is all hidden gives no NaN
 
-# Per row and head: the highest score, the sum of exponentials, and the weighted sum of values.
+# Per row: the highest score, the sum of exponentials, and the weighted sum of values.
 _State = tuple[Array, Array, Array]
 
 
-def attend_heads(
-    q: Array,
-    k: Array,
-    v: Array,
-    work: AttentionWork,
-    *,
-    category: Category,
-    heads: Sequence[int],
-    window: int | None,
-    scale: float,
+def attend_sequence(
+    q: Array, k: Array, v: Array, work: AttentionWork, categories: Array, *, window: int | None, scale: float
 ) -> tuple[Array, Array]:
-    """Attention of the heads of one category over one sequence.
+    """Attention over one sequence.
 
     Args:
         q: `[H, T, D]`.
         k, v: `[K, S, D]`, H a multiple of K.
         work: one row of the batch's work: its arrays without their B axis.
-        category: of all these heads.
-        heads: which of the H query heads, ascending.
+        categories: `[H]` int32, -1 for a head that is left out: zeros and `-inf`.
         window: sliding window in tokens, None for none.
         scale: factor on the scores.
 
     Returns:
-        `[T, heads, D]` outputs in q's dtype and `[heads, T]` log-sum-exps.
+        `[T, H, D]` outputs in q's dtype and `[H, T]` log-sum-exps.
     """
-    n_queries, dim = q.shape[1:]
-    pick = HeadPicker(heads, q.shape[0] // k.shape[0])
+    n_heads, n_queries, dim = q.shape
+    group = n_heads // k.shape[0]
     precise = jnp.promote_types(q.dtype, jnp.float32)
-    has_packed = category is not Category.DENSE
-    if has_packed:
-        positions = work.packed[category]
-        packed_k, packed_v = (jnp.take(x, positions, axis=1, mode="clip") for x in (k, v))
+    zero = jnp.int32(0)  # indices are of one dtype, 64-bit floats or not
 
-    def attend_rows(
-        q_rows: Array, rows: Array, chunk: int, lo: Array, hi: Array, open_to: Array, p_start: Array, p_stop: Array
-    ) -> tuple[Array, Array]:
-        """`[H, R, D]` queries at `rows` `[R]` -> `[heads, R, D]`, `[heads, R]`."""
-        q_rows = pick.queries(q_rows)
-        shape = q_rows.shape[:-1]
-        state = (jnp.full(shape, _HIDDEN, precise), jnp.zeros(shape, precise), jnp.zeros((*shape, dim), precise))
-        if has_packed:
+    def add_head(h: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        kv, wanted, category = h // group, categories[h] >= 0, jnp.maximum(categories[h], 0)
+        positions = work.packed[category]
+        packed_k, packed_v = (x.at[kv, positions].get(mode="clip") for x in (k, v))  # [P, D]
+
+        def attend_rows(
+            q_rows: Array, rows: Array, chunk: int, lo: Array, hi: Array, open_to: Array, p_start: Array, p_stop: Array
+        ) -> tuple[Array, Array]:
+            """`[R, D]` queries at `rows` `[R]` -> `[R, D]`, `[R]`."""
+            shape = rows.shape
+            state = (jnp.full(shape, _HIDDEN, precise), jnp.zeros(shape, precise), jnp.zeros((*shape, dim), precise))
 
             def packed_step(i: Array, state: _State) -> _State:
                 begin = p_start + i * _PACKED_CHUNK
                 at = jnp.minimum(begin, positions.shape[0] - _PACKED_CHUNK)
                 index = at + jnp.arange(_PACKED_CHUNK, dtype=jnp.int32)
                 real = (index >= begin) & (index < p_stop)
-                where = lax.dynamic_slice_in_dim(positions, at, _PACKED_CHUNK)
                 shown = jnp.broadcast_to(real, (rows.shape[0], _PACKED_CHUNK))
                 if window is not None:
+                    where = lax.dynamic_slice_in_dim(positions, at, _PACKED_CHUNK)
                     shown &= where > rows[:, None] - window
-                return _absorb(state, q_rows, *pick.keys(packed_k, packed_v, at, _PACKED_CHUNK), real, shown, scale)
+                some_k, some_v = (lax.dynamic_slice_in_dim(x, at, _PACKED_CHUNK) for x in (packed_k, packed_v))
+                return _absorb(state, q_rows, some_k, some_v, real, shown, scale)
 
             state = lax.fori_loop(0, (p_stop - p_start + _PACKED_CHUNK - 1) // _PACKED_CHUNK, packed_step, state)
-        width = min(chunk + _SPARE, k.shape[1])
-        n_chunks = jnp.maximum((hi - lo - _SPARE + chunk - 1) // chunk, 1)
+            width = min(chunk + _SPARE, k.shape[1])
+            n_chunks = jnp.maximum((hi - lo - _SPARE + chunk - 1) // chunk, 1)
 
-        def step(i: Array, state: _State) -> _State:
-            stop = hi - i * chunk
-            start = jnp.where(i == n_chunks - 1, lo, stop - chunk)
-            at = jnp.clip(stop - width, 0, k.shape[1] - width)
-            key = at + jnp.arange(width, dtype=jnp.int32)
-            real = (key >= start) & (key < stop)
-            shown = real & (key < jnp.maximum(rows[:, None] + 1, open_to))
-            if window is not None:
-                shown &= key > rows[:, None] - window
-            return _absorb(state, q_rows, *pick.keys(k, v, at, width), real, shown, scale)
+            def step(i: Array, state: _State) -> _State:
+                stop = hi - i * chunk
+                start = jnp.where(i == n_chunks - 1, lo, stop - chunk)
+                at = jnp.clip(stop - width, 0, k.shape[1] - width)
+                key = at + jnp.arange(width, dtype=jnp.int32)
+                real = (key >= start) & (key < stop)
+                shown = real & (key < jnp.maximum(rows[:, None] + 1, open_to))
+                if window is not None:
+                    shown &= key > rows[:, None] - window
+                some_k, some_v = (lax.dynamic_slice(x, (kv, at, zero), (1, width, dim))[0] for x in (k, v))
+                return _absorb(state, q_rows, some_k, some_v, real, shown, scale)
 
-        peak, total, weighted = lax.fori_loop(0, n_chunks, step, state)
-        out = pick.merge((weighted / total[..., None]).astype(q.dtype))
-        return out, pick.merge(peak + jnp.log(total))
+            peak, total, weighted = lax.fori_loop(0, n_chunks, step, state)
+            return (weighted / total[:, None]).astype(q.dtype), peak + jnp.log(total)
 
-    def tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        row_start, row_stop, lo, hi, open_to, p_start, p_stop = work.tiles[category, i]
-        n_rows = min(TILE_ROWS, n_queries)
-        at = jnp.clip(row_start - work.q_start, 0, n_queries - n_rows)
-        rows = at + work.q_start + jnp.arange(n_rows, dtype=jnp.int32)
-        q_rows = lax.dynamic_slice_in_dim(q, at, n_rows, axis=1)
-        o, m = attend_rows(q_rows, rows, _CHUNK, lo, hi, open_to, p_start, p_stop)
-        mine = (rows >= row_start) & (rows < row_stop)
-        out, lse = carry
-        old_o, old_m = lax.dynamic_slice_in_dim(out, at, n_rows, 0), lax.dynamic_slice_in_dim(lse, at, n_rows, 1)
-        out = lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None, None], jnp.swapaxes(o, 0, 1), old_o), at, 0)
-        return out, lax.dynamic_update_slice_in_dim(lse, jnp.where(mine, m, old_m), at, 1)
+        def tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            row_start, row_stop, lo, hi, open_to, p_start, p_stop = work.tiles[category, i]
+            n_rows = min(TILE_ROWS, n_queries)
+            at = jnp.clip(row_start - work.q_start, 0, n_queries - n_rows)
+            rows = at + work.q_start + jnp.arange(n_rows, dtype=jnp.int32)
+            q_rows = lax.dynamic_slice(q, (h, at, zero), (1, n_rows, dim))[0]
+            o, m = attend_rows(q_rows, rows, _CHUNK, lo, hi, open_to, p_start, p_stop)
+            mine = (rows >= row_start) & (rows < row_stop)
+            out, lse = carry
+            old_o = lax.dynamic_slice(out, (at, h, zero), (n_rows, 1, dim))[:, 0]
+            old_m = lax.dynamic_slice(lse, (h, at), (1, n_rows))[0]
+            out = lax.dynamic_update_slice(out, jnp.where(mine[:, None], o, old_o)[:, None], (at, h, zero))
+            return out, lax.dynamic_update_slice(lse, jnp.where(mine, m, old_m)[None], (h, at))
 
-    def gathered_tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        first, _, lo, hi = work.gathered[i]
-        rows = lax.dynamic_slice_in_dim(work.gathered_rows, first, GATHERED_ROWS)
-        index = rows - work.q_start
-        q_rows = jnp.take(q, index, axis=1, mode="clip")
-        nothing = jnp.int32(0)
-        o, m = attend_rows(q_rows, rows, _GATHERED_CHUNK, lo, hi, nothing, nothing, nothing)
-        out, lse = carry
-        return (
-            out.at[index].set(jnp.swapaxes(o, 0, 1), mode="drop"),
-            lse.at[:, index].set(m, mode="drop"),
-        )
+        def gathered_tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            first, stop, lo, hi = work.gathered[i]
+            which = first + jnp.arange(GATHERED_ROWS, dtype=jnp.int32)  # the last tile may hang over the end
+            rows = jnp.take(work.gathered_rows, which, mode="clip")
+            index = jnp.where(which < stop, rows - work.q_start, n_queries)
+            q_rows = q.at[h, index].get(mode="clip")
+            o, m = attend_rows(q_rows, rows, _GATHERED_CHUNK, lo, hi, zero, zero, zero)
+            out, lse = carry
+            return out.at[index, h].set(o, mode="drop"), lse.at[h, index].set(m, mode="drop")
 
-    carry = (
-        jnp.zeros((n_queries, len(heads), dim), q.dtype),
-        jnp.full((len(heads), n_queries), -jnp.inf, precise),
-    )
-    carry = lax.fori_loop(0, work.n_tiles[category], tile, carry)
-    return lax.fori_loop(0, work.n_gathered[category], gathered_tile, carry)
+        carry = lax.fori_loop(0, wanted * work.n_tiles[category], tile, carry)
+        return lax.fori_loop(0, wanted * work.n_gathered[category], gathered_tile, carry)
+
+    nothing_yet = jnp.zeros((n_queries, n_heads, dim), q.dtype), jnp.full((n_heads, n_queries), -jnp.inf, precise)
+    return lax.fori_loop(zero, jnp.int32(n_heads), add_head, nothing_yet)
 
 
 def _absorb(state: _State, q: Array, k: Array, v: Array, real: Array, shown: Array, scale: float) -> _State:
     """Adds a chunk of keys to a running softmax.
 
     Args:
-        state: what came before: `[K', G'R]`, `[K', G'R]`, `[K', G'R, D]`.
-        q: queries `[K', G'R, D]`.
-        k, v: `[K', C, D]`.
+        state: what came before: `[R]`, `[R]`, `[R, D]`.
+        q: queries `[R, D]`.
+        k, v: `[C, D]`.
         real: `[C]` keys that exist for the tile; the others' values may be anything, NaN included.
         shown: `[R, C]` keys that a row may look at.
         scale: factor on the scores.
     """
     peak, total, weighted = state
-    scores = _dot(q, k, 2)
-    by_row = scores.reshape(q.shape[0], -1, *shown.shape)  # [K', G', R, C]
-    scores = jnp.where(shown, by_row * scale, _HIDDEN).reshape(scores.shape)
+    scores = jnp.where(shown, _dot(q, k, 1) * scale, _HIDDEN)  # [R, C]
     new_peak = jnp.maximum(peak, scores.max(axis=-1))
-    weights = jnp.exp(scores - new_peak[..., None])
+    weights = jnp.exp(scores - new_peak[:, None])
     faded = jnp.exp(peak - new_peak)
     v = jnp.where(real[:, None], v, 0)
     total = total * faded + weights.sum(axis=-1)
-    return new_peak, total, weighted * faded[..., None] + _dot(weights.astype(v.dtype), v, 1)
+    return new_peak, total, weighted * faded[:, None] + _dot(weights.astype(v.dtype), v, 0)
 
 
 def _dot(a: Array, b: Array, axis: int) -> Array:
-    """Batched product of `a`'s last axis with `b`'s `axis`, summed in at least float32."""
+    """The product of `a`'s last axis with `b`'s `axis`, summed in at least float32."""
     return lax.dot_general(
         a,
         b,
-        (((2,), (axis,)), ((0,), (0,))),
+        (((1,), (axis,)), ((), ())),
         precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,  # no TF32
         preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
     )
-
-
-class HeadPicker:
-    """Some query heads and the key heads they read, as `[K', G'R, D]` and `[K', C, D]`.
-
-    Where every key head serves equally many of the heads it is read once for all of them; else once for each.
-
-    Attributes:
-        heads: the query heads, ascending.
-        kv: `[K']` the key head of each group of `len(heads) // K'` query heads.
-    """
-
-    def __init__(self, heads: Sequence[int], group: int) -> None:
-        self.heads = list(heads)
-        kv = [h // group for h in self.heads]
-        counts = {kv.count(x) for x in kv}
-        self.kv = kv[:: counts.pop()] if len(counts) == 1 else kv
-
-    def queries(self, x: Array) -> Array:
-        """`[H, R, D]` -> `[K', G'R, D]`."""
-        return select(x, self.heads, 0).reshape(len(self.kv), -1, x.shape[-1])
-
-    def keys(self, k: Array, v: Array, at: Array, n: int) -> tuple[Array, Array]:
-        """Keys and values `[at, at + n)`: `[K, S, D]` -> `[K', n, D]`."""
-        k, v = (select(lax.dynamic_slice_in_dim(x, at, n, axis=1), self.kv, 0) for x in (k, v))
-        return k, v
-
-    def merge(self, x: Array) -> Array:
-        """`[K', G'R, ...]` -> `[heads, R, ...]`."""
-        return x.reshape(len(self.heads), -1, *x.shape[2:])
-
-
-def select(x: Array, heads: Sequence[int], axis: int) -> Array:
-    """The heads of `x` along an axis; `x` itself where they are all of it."""
-    if list(heads) == list(range(x.shape[axis])):
-        return x
-    return jnp.concatenate([lax.slice_in_dim(x, h, h + 1, axis=axis) for h in heads], axis=axis)

@@ -2,13 +2,21 @@
 
     inputs ──► Prompt ──► encode_images ──► features ─┐
                  │                                    ├──► embed ──► hidden ──► layers ──► logits, Cache
-                 └──► ids, Layouts ──► AttentionWork ─┴─────────────────────────┘
+                 └──► ids, Layouts ──► work ──────────┴─────────────────────────┘
 
-Three programs, each compiled once per bucket and apart from one another, so that their buckets do not multiply: the
-vision tower per bucket of patches; the embedding, a look-up and a gather, per buckets of tokens and of features; the
-layers, the only big one, per bucket of tokens, batch size and sizes of the attention work, sparse and dense apart; on a
-filled cache per its capacity and the bucket of keys as well. Everything else about a prompt enters as arrays, so
-another layout of the same buckets compiles nothing.
+What is compiled, and when. Every program is compiled once for its shapes, and shapes are buckets, so another prompt of
+the same buckets compiles nothing; nor does another profile, or running dense: the categories of heads are data, and the
+layers share their programs, however many there are.
+
+* the vision tower: per bucket of patches;
+* embedding: per buckets of tokens and of features;
+* the two halves of a layer, and the logits: per bucket of tokens and batch size;
+* the attention: the same, per sizes of its work (powers of two of images and packed keys), for each different window of
+  the model (Gemma has two); on CUDA a small one more for each number of dense heads that layers have;
+* on a filled cache: the attention per bucket of new tokens and capacity of the cache.
+
+So the first prompt of a bucket compiles about ten programs, however many layers there are. With jax's persistent cache
+(`JAX_COMPILATION_CACHE_DIR=FOLDER JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0`) a second process compiles none.
 """
 
 from __future__ import annotations
@@ -16,31 +24,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_blindsight.attention import attend
 from jax_blindsight.buckets import bucket
 from jax_blindsight.cache import Cache
 from jax_blindsight.config import ModelConfig
+from jax_blindsight.implementations import Name, build_work, implementation
 from jax_blindsight.inputs import Prompt, read_inputs
-from jax_blindsight.model import decode, embed_tokens, encode_images, unembed
+from jax_blindsight.model import embed_tokens, encode_images, final_norm, unembed
 from jax_blindsight.params import Params
-from jax_blindsight.sharding import attend_on_mesh, batch_sharded
+from jax_blindsight.sharding import DATA, check_batch, sharded_rows
+from jax_blindsight.stack import run_layers
 from jax_blindsight.tokens import Tokens
 from jax_blindsight.vision_inputs import prepare_vision
-from jax_blindsight.work import AttentionWork, attention_work
+from jax_blindsight.work import AttentionWork
 from shared_profiles import Category, Layout, SinkTemplate
+
+if TYPE_CHECKING:
+    from blindsight_kernels.pallas_work import PallasWork
 
 ROOM = 128
 """Slots for further tokens in a cache whose capacity nobody stated."""
-
-Categories = tuple[tuple[int, ...], ...]  # [L][H], values of `Category`
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +63,13 @@ class Prefilled:
             padding mean nothing.
         cache: keys and values of all tokens so far.
         how: "sparse", or "dense: " and why.
+        impl: what computed the attention, "pallas" or "portable".
     """
 
     logits: Array
     cache: Cache
     how: str
+    impl: str
 
 
 def sparse_prefill(
@@ -67,6 +80,7 @@ def sparse_prefill(
     capacity: int | None = None,
     all_logits: bool = False,
     dense: bool = False,
+    impl: str | None = None,
 ) -> Prefilled:
     """Prefills a batch of prompts, or goes on from a filled cache with a chunk or a second turn.
 
@@ -82,12 +96,16 @@ def sparse_prefill(
         capacity: slots of a new cache, rounded up to a bucket. Default: the prompt and `ROOM` more.
         all_logits: return the logits of every token.
         dense: run every head dense, whatever the profile says.
+        impl: what computes the attention: "pallas", the kernel for Hopper GPUs, or "portable", XLA on any device.
+            Default: "pallas" where the weights are on CUDA devices, "portable" elsewhere.
 
     Raises:
         ValueError: `inputs` are malformed (see `read_inputs`), do not fit into the cache, or a profile is needed and
-            there is none.
+            there is none; an unknown `impl`.
+        NotImplementedError, ImportError: the Pallas kernel cannot serve this GPU, dtype, head dimension or jax.
     """
-    config = params.config
+    config, mesh = params.config, params.mesh
+    chosen = implementation_for(params, impl)
     prompt = read_inputs(config, inputs, past=0 if cache is None else cache.length)
     n = prompt.given.shape[1]
     if cache is None:
@@ -104,26 +122,37 @@ def sparse_prefill(
     layouts = tokens.layouts(config)
     categories, template, how = _choose(params, layouts, q_start, dense)
     n_queries = bucket(n)
-    n_keys = n_queries if cache is None else min(bucket(q_start + n), slots)
+    works = layer_work(params, chosen, layouts, template, q_start, n_queries, n_queries if cache is None else slots)
+    filled: list[tuple[Array, Array]] = []
+
+    def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
+        if cache is None:
+            filled.append(_grow(k, v, capacity=slots))
+        else:
+            k, v = _write(cache.keys[layer], cache.values[layer], k, v, np.int32(q_start))
+            filled.append((k, v))
+        window = config.text.windows[layer]
+        return attend(
+            q,
+            k,
+            v,
+            works[window],
+            categories=categories[layer],
+            window=window,
+            scale=config.text.scale,
+            bidirectional=config.bidirectional,
+            lse=False,
+            mesh=mesh,
+        )[0]
+
     positions, next_position = tokens.positions(config)
-    logits, keys, values = _layers(
-        params.weights,
-        embed_prompt(params, prompt, n_queries),
-        pad_last(positions[..., q_start:], n_queries),
-        layer_work(config, layouts, template, q_start, n_queries, n_keys),
-        None if cache is None else cache.keys,
-        None if cache is None else cache.values,
-        np.int32(q_start),
-        _wanted_rows(prompt, n_queries) if all_logits else np.full((len(prompt.given), 1), n - 1, np.int32),
-        config=config,
-        categories=categories,
-        n_keys=n_keys,
-        mesh=params.mesh,
-    )
-    if cache is None:  # layer by layer, so that one layer at a time is there twice
-        keys, values = (tuple(_grow(layer, slots) for layer in layers) for layers in (keys, values))
+    embeddings = embed_prompt(params, prompt, n_queries)
+    hidden = run_layers(params, embeddings, pad_last(positions[..., q_start:], n_queries), attend_layer)
+    rows = _wanted_rows(prompt, n_queries) if all_logits else np.full((len(prompt.given), 1), n - 1, np.int32)
+    logits = _unembed(params.weights, hidden, rows, config=config)
     logits = logits[:, :n] if all_logits else logits[:, 0]
-    return Prefilled(logits, Cache(keys, values, q_start + n, next_position, tokens), how)
+    keys, values = zip(*filled, strict=True)
+    return Prefilled(logits, Cache(keys, values, q_start + n, next_position, tokens), how, chosen)
 
 
 def _capacity(asked: int | None, n: int) -> int:
@@ -137,10 +166,10 @@ def _capacity(asked: int | None, n: int) -> int:
 
 def _choose(
     params: Params, layouts: Sequence[Layout], q_start: int, dense: bool
-) -> tuple[Categories, SinkTemplate, str]:
-    """The category of every head for this batch, the template, and what to call that."""
+) -> tuple[np.ndarray, SinkTemplate, str]:
+    """The category of every head for this batch, `[L, H]`, the template, and what to call that."""
     text = params.config.text
-    everything = ((int(Category.DENSE),) * text.n_heads,) * text.n_layers
+    everything = np.full((text.n_layers, text.n_heads), Category.DENSE)
     if dense:
         return everything, SinkTemplate(), "dense: asked for"
     profile = params.profile
@@ -161,25 +190,51 @@ def _choose(
     elif all(layout.n_images == 0 or layout.images[-1, 2] <= q_start for layout in layouts):
         reason = "no image tokens among the queries"
     else:
-        return tuple(map(tuple, profile.categories.tolist())), profile.template, "sparse"
+        return profile.categories, profile.template, "sparse"
     return everything, profile.template, f"dense: {reason}"
 
 
+def implementation_for(params: Params, impl: str | None) -> Name:
+    """What computes the attention of a model, see `implementations.implementation`."""
+    table = _table(params)
+    return implementation(impl, table.devices(), table.dtype, params.config.text.head_dim)
+
+
 def layer_work(
-    config: ModelConfig, layouts: Sequence[Layout], template: SinkTemplate, q_start: int, n_queries: int, n_keys: int
-) -> tuple[AttentionWork, ...]:
-    """The attention work of each of the model's different windows, in the order of `windows_of`.
+    params: Params,
+    impl: Name,
+    layouts: Sequence[Layout],
+    template: SinkTemplate,
+    q_start: int,
+    n_queries: int,
+    n_keys: int,
+) -> dict[int | None, AttentionWork | PallasWork]:
+    """The attention work of each of the model's different windows, by window, on the devices of the weights.
 
     Rows with fewer than two images run dense, as they would if they had come alone.
+
+    Raises:
+        ValueError: the mesh's data axis does not divide the batch.
     """
-    sizes = dict(q_start=q_start, n_queries=n_queries, n_keys=n_keys)
-    lone = [layout.n_images < 2 for layout in layouts]
-    return tuple(attention_work(layouts, template, window=w, dense=lone, **sizes) for w in windows_of(config))
+    text, mesh = params.config.text, params.mesh
+    if mesh is None:
+        n_shards, place = None, _table(params).sharding
+    else:
+        check_batch(mesh, len(layouts))
+        n_shards, place = mesh.shape[DATA], NamedSharding(mesh, PartitionSpec(DATA))
+    sizes: dict[str, Any] = dict(q_start=q_start, n_queries=n_queries, n_keys=n_keys)
+    options: dict[str, Any] = dict(
+        head_dim=text.head_dim, dense=[layout.n_images < 2 for layout in layouts], n_shards=n_shards
+    )
+    return {
+        window: jax.device_put(build_work(impl, layouts, template, window=window, **sizes, **options), place)
+        for window in dict.fromkeys(text.windows)
+    }
 
 
-def windows_of(config: ModelConfig) -> list[int | None]:
-    """The different windows of the model's layers, by first appearance."""
-    return list(dict.fromkeys(config.text.windows))
+def _table(params: Params) -> Array:
+    """The embeddings, for where the weights are and what they are like."""
+    return params.weights["decoder"]["embed_tokens"]["embedding"]
 
 
 def pad_last(array: np.ndarray, n: int) -> np.ndarray:
@@ -197,12 +252,13 @@ def _wanted_rows(prompt: Prompt, n_queries: int) -> np.ndarray:
 def embed_prompt(params: Params, prompt: Prompt, n_queries: int) -> Array:
     """Embedded tokens with the image features in their places: `[B, T, E]`, T the bucket."""
     ids = pad_last(prompt.tokens.ids, n_queries).astype(np.int32)
+    static: dict[str, Any] = dict(config=params.config, mesh=params.mesh)
     if not prompt.pictures:
-        return _embed(params.weights, ids, None, None, config=params.config)
+        return _embed(params.weights, ids, None, None, **static)
     vision = prepare_vision(params.config, {"input_ids": prompt.tokens.ids, **prompt.pictures})
     features = _encode(params.weights, vision, config=params.config)
     place = feature_places(params.config, prompt.tokens)
-    return _embed(params.weights, ids, features, pad_last(place + 1, n_queries) - 1, config=params.config)
+    return _embed(params.weights, ids, features, pad_last(place + 1, n_queries) - 1, **static)
 
 
 def feature_places(config: ModelConfig, tokens: Tokens) -> np.ndarray:
@@ -218,68 +274,37 @@ def _encode(weights: Any, vision: Any, *, config: ModelConfig) -> Array:
     return encode_images(weights, config, vision)
 
 
-@partial(jax.jit, static_argnames="config")
-def _embed(weights: Any, ids: Array, features: Array | None, place: Array | None, *, config: ModelConfig) -> Array:
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def _embed(
+    weights: Any, ids: Array, features: Array | None, place: Array | None, *, config: ModelConfig, mesh: Mesh | None
+) -> Array:
     hidden = embed_tokens(weights, config, ids)  # [B, T, E]
-    if features is None or place is None:
-        return hidden
-    return jnp.where(place[..., None] >= 0, features.astype(hidden.dtype)[jnp.maximum(place, 0)], hidden)
+    if features is not None and place is not None:
+        hidden = jnp.where(place[..., None] >= 0, features.astype(hidden.dtype)[jnp.maximum(place, 0)], hidden)
+    return sharded_rows(mesh, hidden)
 
 
-@partial(jax.jit, static_argnames=("config", "categories", "n_keys", "mesh"), donate_argnames=("keys", "values"))
-def _layers(
-    weights: Any,
-    hidden: Array,  # [B, T, E]
-    positions: Array,
-    works: tuple[AttentionWork, ...],
-    keys: tuple[Array, ...] | None,  # L x [B, K, S, D]
-    values: tuple[Array, ...] | None,
-    q_start: Array,
-    rows: Array,  # [B, R]
-    *,
-    config: ModelConfig,
-    categories: Categories,
-    n_keys: int,
-    mesh: Mesh | None,
-) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """Logits `[B, R, V]` of the wanted rows, and the filled cache; without one before, of T slots."""
-    windows = windows_of(config)
-    filled: list[tuple[Array, Array]] = []
-
-    def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
-        if keys is None or values is None:
-            filled.append((k, v))
-        else:
-            filled.append((_write(keys[layer], k, q_start), _write(values[layer], v, q_start)))
-            k, v = (x[:, :, :n_keys] for x in filled[layer])
-        out, _ = attend_on_mesh(
-            attend,
-            mesh,
-            q,
-            k,
-            v,
-            works[windows.index(config.text.windows[layer])],
-            categories=categories[layer],
-            window=config.text.windows[layer],
-            scale=config.text.scale,
-            bidirectional=config.bidirectional,
-            lse=False,
-        )
-        return out
-
-    hidden = decode(weights, config, batch_sharded(mesh, hidden), positions, attend_layer)
-    hidden = jnp.take_along_axis(hidden, rows[..., None], axis=1)  # [B, R, E]
-    new_keys, new_values = zip(*filled, strict=True)
-    return unembed(weights, config, hidden), new_keys, new_values
+@partial(jax.jit, static_argnames="config")
+def _unembed(weights: Any, hidden: Array, rows: Array, *, config: ModelConfig) -> Array:
+    """Logits `[B, R, V]` of the wanted rows `[B, R]` of the last layer's `[B, T, E]`."""
+    hidden = jnp.take_along_axis(hidden, rows[..., None], axis=1)
+    return unembed(weights, config, final_norm(weights, config, hidden))
 
 
 @partial(jax.jit, static_argnames="capacity")
-def _grow(layer: Array, capacity: int) -> Array:
-    """Keys or values `[B, K, T, D]` with room for more: `[B, K, S, D]`."""
-    return jnp.pad(layer, [(0, 0), (0, 0), (0, capacity - layer.shape[2]), (0, 0)])
+def _grow(k: Array, v: Array, *, capacity: int) -> tuple[Array, Array]:
+    """A layer's keys and values `[B, K, T, D]` with room for more: `[B, K, S, D]`."""
+    room = [(0, 0), (0, 0), (0, capacity - k.shape[2]), (0, 0)]
+    return jnp.pad(k, room), jnp.pad(v, room)
 
 
-def _write(cache: Array, new: Array, start: Array) -> Array:
+@partial(jax.jit, donate_argnames=("keys", "values"))
+def _write(keys: Array, values: Array, k: Array, v: Array, start: Array) -> tuple[Array, Array]:
+    """A layer of the cache, `[B, K, S, D]` each, with k and v `[B, K, T, D]` written from slot `start` on."""
+    return _written(keys, k, start), _written(values, v, start)
+
+
+def _written(cache: Array, new: Array, start: Array) -> Array:
     """The cache `[B, K, S, D]` with `[B, K, T, D]` written at slot `start`; what hangs over the end falls away.
 
     Only the unused tail of a bucket may hang over: `dynamic_update_slice` would move the whole to the left.

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -23,7 +21,6 @@ from jax.sharding import PartitionSpec as P
 from jax_blindsight.config import ModelConfig
 from jax_blindsight.convert import path_name
 from jax_blindsight.model import Weights, abstract_weights
-from jax_blindsight.work import AttentionWork
 
 DATA, MODEL = "data", "model"
 
@@ -106,16 +103,29 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
             )
 
 
-def batch_sharded(mesh: Mesh | None, x: Array) -> Array:
+def sharded_rows(mesh: Mesh | None, x: Array) -> Array:
     """`x` `[B, ...]` with its rows dealt out over the mesh's data axis; itself without a mesh.
 
     Raises:
         ValueError: the data axis does not divide B.
     """
+    return _placed(mesh, x, P(DATA))
+
+
+def sharded_heads(mesh: Mesh | None, x: Array) -> Array:
+    """`x` `[B, heads, ...]` with its rows and its heads dealt out; itself without a mesh.
+
+    Raises:
+        ValueError: the data axis does not divide B.
+    """
+    return _placed(mesh, x, P(DATA, MODEL))
+
+
+def _placed(mesh: Mesh | None, x: Array, spec: P) -> Array:
     if mesh is None:
         return x
     check_batch(mesh, x.shape[0])
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, P(DATA)))
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def check_batch(mesh: Mesh, batch: int) -> None:
@@ -131,56 +141,8 @@ def check_batch(mesh: Mesh, batch: int) -> None:
         )
 
 
-def attend_on_mesh(
-    attend: Callable[..., tuple[Array, Array]],
-    mesh: Mesh | None,
-    q: Array,
-    k: Array,
-    v: Array,
-    work: AttentionWork,
-    *,
-    categories: tuple[int, ...],
-    **options: Any,
-) -> tuple[Array, Array]:
-    """`attend(q, k, v, work, categories=..., **options)`, each device with its own rows and heads.
-
-    Every device runs the same program, but its heads have categories of their own: the program holds one branch for
-    each different tuple of categories, and a device takes its own.
-
-    Args:
-        attend: `jax_blindsight.attention.attend`.
-        mesh: "data" x "model"; None calls `attend` as it is.
-        q: `[B, H, T, D]`.
-        k, v: `[B, K, S, D]`.
-        work: of all rows.
-        categories: one per query head.
-        options: passed on.
-
-    Returns:
-        out `[B, T, H, D]`, lse `[B, H, T]`.
-
-    Raises:
-        ValueError: the data axis does not divide B.
-    """
+def on_devices(mesh: Mesh | None, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function`, run by every device of the mesh on its own part of the arguments; itself without a mesh."""
     if mesh is None:
-        return attend(q, k, v, work, categories=categories, **options)
-    check_batch(mesh, q.shape[0])
-    share = len(categories) // mesh.shape[MODEL]
-    own = [categories[first : first + share] for first in range(0, len(categories), share)]
-    different = sorted(set(own))
-    branches = [partial(attend, categories=mine, **options) for mine in different]
-    branch_of = np.array([different.index(mine) for mine in own], dtype=np.int32)
-
-    def on_device(*arguments: Any) -> tuple[Array, Array]:
-        return lax.switch(jnp.asarray(branch_of)[lax.axis_index(MODEL)], branches, *arguments)
-
-    heads = P(DATA, MODEL)
-    rows = jax.tree.map(lambda x: P(DATA) if np.ndim(x) else P(), work)  # all but q_start are by row
-    run = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(heads, heads, heads, rows),
-        out_specs=(P(DATA, None, MODEL), heads),
-        check_vma=False,
-    )
-    return run(q, k, v, work)
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -93,7 +93,7 @@ def attention_work(
             another length than `layouts`.
     """
     dense = [False] * len(layouts) if dense is None else dense
-    _check(layouts, window, q_start, n_queries, n_keys, dense)
+    check_layouts(layouts, dense, window=window, q_start=q_start, n_queries=n_queries, n_keys=n_keys)
     sequences = [
         _Sequence(layout, template, window, q_start, all_dense)
         for layout, all_dense in zip(layouts, dense, strict=True)
@@ -206,15 +206,20 @@ def _pad(x: np.ndarray, n: int, fill: int) -> np.ndarray:
     return out
 
 
-def _check(
+def check_layouts(
     layouts: Sequence[Layout],
+    dense: Sequence[bool],
+    *,
     window: int | None,
     q_start: int,
     n_queries: int,
     n_keys: int,
-    dense: Sequence[bool],
 ) -> None:
-    """Refuses layouts that do not fit together or into the buckets."""
+    """Refuses layouts that do not fit together or into the buckets.
+
+    Raises:
+        ValueError: see `attention_work`.
+    """
     if len(dense) != len(layouts):
         raise ValueError(f"dense must hold one bool per layout, {len(layouts)}. Got {len(dense)}.")
     lengths = {layout.n_tokens for layout in layouts}

@@ -22,12 +22,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import tiny_models
-from jax_blindsight import generation, prefill
+from jax_blindsight import attention, generation, prefill, stack
 from jax_blindsight.attention import attend
 from jax_blindsight.convert import path_name
 from jax_blindsight.model import Weights
 from jax_blindsight.params import Params, load, save
-from jax_blindsight.sharding import attend_on_mesh, make_mesh
+from jax_blindsight.sharding import make_mesh
 from jax_blindsight.work import attention_work
 from jax_checkpoints import save_tiny
 from shared_profiles import Layout, SinkTemplate
@@ -50,7 +50,8 @@ def recorded(module: Any, name: str, seen: dict[str, dict[str, int]]) -> None:
     programs: dict[str, Any] = {}
 
     def call(*args: Any, **static: Any) -> Any:
-        if jax.tree.leaves(args)[0].sharding.num_devices == 1:
+        first = jax.tree.leaves(args)[0]
+        if isinstance(first, jax.core.Tracer) or first.sharding.num_devices == 1:
             return function(*args, **static)
         key = str((jax.tree.map(np.shape, args), static))
         if key not in programs:
@@ -86,14 +87,14 @@ def attention_alone() -> dict[str, Any]:
     sharded = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data", "model"))) for x in (q, k, v)]
     programs = [
         jax.jit(function).lower(*sharded, work).compile()
-        for function in (partial(attend_on_mesh, attend, mesh, **options), partial(attend, **options))
+        for function in (partial(attend, mesh=mesh, **options), partial(attend, **options))
     ]
     many = programs[0](*sharded, work)
     return {
         "close": [np.allclose(*pair, rtol=1e-5, atol=1e-6) for pair in zip(one, many, strict=True)],
         "wrapped": collectives(programs[0].as_text()),
         "plain": collectives(programs[1].as_text()),
-        "odd batch": refused(lambda: attend_on_mesh(attend, mesh, q[:1], k[:1], v[:1], work, **options)),
+        "odd batch": refused(lambda: attend(q[:1], k[:1], v[:1], work, mesh=mesh, **options)),
     }
 
 
@@ -115,7 +116,10 @@ class Run:
         for module, name in (
             (prefill, "_encode"),
             (prefill, "_embed"),
-            (prefill, "_layers"),
+            (stack, "_begin"),
+            (attention, "_by_category"),
+            (stack, "_end"),
+            (prefill, "_unembed"),
             (generation, "_step"),
         ):
             recorded(module, name, self.collectives)

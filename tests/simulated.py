@@ -64,6 +64,11 @@ def native() -> Iterator[Simulate]:
 
 def _prepare() -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "NPROC": "16"}
+    compile_once()
+
+
+def compile_once() -> None:
+    """Makes the simulator compile each block's program once in this process."""
     import jax
     from jax._src.pallas.mosaic.interpret import thread_map
 

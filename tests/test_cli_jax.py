@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,18 @@ def test_without_a_profile_the_prompt_runs_dense(checkpoint: Path, prompts: Path
     told = run(checkpoint, prompts, "--backend", "jax")
     assert told["runs"][0]["ran"] == "dense: there is no profile of this model" and told["profile"] is None
     assert "blindsight calibrate" in told["said"] and "measured" not in told["said"]
+
+
+def test_dense_needs_no_profile(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
+    """Whatever lies beside the checkpoint; who asks for sparse is told."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    (folder / FILE_NAME).write_text("{}")
+    told = run(folder, prompts, "--backend", "jax", "--dense")
+    assert told["runs"][0]["ran"] == "dense" and told["profile"] is None
+    question = ("--image", prompts.parent / "0-0.png", "--question", QUESTION, "--backend", "jax")
+    result = blindsight("run", folder, *question)
+    assert result.exit_code == 3 and FILE_NAME in result.stderr
 
 
 def test_what_is_refused(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:

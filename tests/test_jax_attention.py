@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from blindsight_kernels.reference import reference_attention
 from jax_blindsight import attention
 from jax_blindsight.attention import attend
+from jax_blindsight.implementations import build_work, implementation
 from jax_blindsight.work import attention_work
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from strategies import chunks, layouts, templates
@@ -43,7 +46,7 @@ def padded(x: np.ndarray, n: int, fill: float) -> np.ndarray:
     return np.pad(x, [(0, 0), (0, 0), (0, n - x.shape[2]), (0, 0)], constant_values=fill)
 
 
-@partial(jax.jit, static_argnames=("categories", "window"))
+@partial(jax.jit, static_argnames="window")
 def compiled(q, k, v, work, categories, window):
     # `bidirectional` decides on cuDNN alone; layouts of both kinds share one program.
     return attend(q, k, v, work, categories=categories, window=window, scale=0.3, bidirectional=True)
@@ -59,7 +62,7 @@ def check(rows, categories, template, inputs, *, window=None, q_start=0, n_queri
     )
     filled = padded(q, n_queries, np.nan), *(padded(x[:, :, :stop], n_keys, np.nan) for x in (k, v))
     with jax.enable_x64(True):
-        out, lse = compiled(*map(jnp.asarray, filled), work, tuple(categories), window)
+        out, lse = compiled(*map(jnp.asarray, filled), work, np.array(categories), window)
         out, lse = np.asarray(out), np.asarray(lse)
     want, want_lse = reference_attention(
         q, k[:, :, :stop], v[:, :, :stop], rows, categories, template, scale=0.3, window=window, q_start=q_start
@@ -112,7 +115,7 @@ def test_rows_marked_dense_are_dense_in_every_head():
     work = attention_work(rows, template, n_queries=T, n_keys=S, dense=[False, True])
     with jax.enable_x64(True):
         arguments = [jnp.asarray(padded(x, n, 0)) for x, n in ((q, T), (k, S), (v, S))]
-        out = np.asarray(compiled(*arguments, work, MIXED, None)[0])
+        out = np.asarray(compiled(*arguments, work, np.array(MIXED), None)[0])
     for b, categories in enumerate((MIXED, (0,) * 6)):
         one = slice(b, b + 1)
         want, _ = reference_attention(q[one], k[one], v[one], rows[one], categories, template, scale=0.3)
@@ -134,13 +137,13 @@ def test_error_within_twice_that_of_plain_attention(dtype, bidirectional):
     weights = jax.nn.softmax(jnp.where(masks, scores, -jnp.inf), axis=-1).astype(dtype)
     plain = jnp.einsum("bhts,bhsd->bhtd", weights, jnp.repeat(v, 2, axis=1))
     work = attention_work([layout], template, n_queries=311, n_keys=311)
-    out, lse = compiled(q, k, v, work, ALL, None)
+    out, lse = compiled(q, k, v, work, np.array(ALL), None)
     assert out.dtype == q.dtype
     assert lse.dtype == jnp.float32
     error = np.abs(np.asarray(out, np.float64).swapaxes(1, 2) - exact).max()
     assert error <= 2 * np.abs(np.asarray(plain, np.float64) - exact).max()
     np.testing.assert_allclose(lse, exact_lse, rtol=0, atol=2e-5)
-    np.testing.assert_array_equal(compiled(q, k, v, work, ALL, None)[0], out)
+    np.testing.assert_array_equal(compiled(q, k, v, work, np.array(ALL), None)[0], out)
 
 
 def test_twenty_layouts_of_a_bucket_are_traced_once():
@@ -178,7 +181,7 @@ def test_memory_grows_with_the_prompt_not_with_its_square():
         layout = Layout(n, 0, n, np.stack([begin, begin + 1, begin + 1023, begin + 1024], axis=1))
         work = attention_work([layout], SinkTemplate(), n_queries=n, n_keys=n)
         shapes = [jax.ShapeDtypeStruct((1, 4, n, 64), jnp.float32)] * 3
-        done = compiled.lower(*shapes, work, (0, 3, 0, 3), None).compile()
+        done = compiled.lower(*shapes, work, np.array([0, 3, 0, 3]), None).compile()
         sizes.append(done.memory_analysis().temp_size_in_bytes)
     assert sizes[1] < 5 * sizes[0]
     assert sizes[1] < 3 * 4 * 16384 * 64 * 4  # bytes of q, k and v; one head's scores alone are 1 GiB
@@ -188,7 +191,8 @@ _ON_DEVICES = """
 import jax, jax.numpy as jnp, numpy as np
 from functools import partial
 from jax_blindsight.attention import attend
-from jax_blindsight.sharding import attend_on_mesh, make_mesh
+from jax_blindsight.implementations import build_work
+from jax_blindsight.sharding import make_mesh
 from jax_blindsight.work import attention_work
 from shared_profiles import Layout, SinkTemplate
 
@@ -199,11 +203,19 @@ rng = np.random.default_rng(0)
 q, k, v = (jnp.asarray(rng.standard_normal((2, h, 128, 16)), jnp.float32) for h in (8, 4, 4))
 options = dict(categories=(0, 3, 1, 2, 0, 3, 1, 2), window=None, scale=0.3, bidirectional=False)
 want = jax.jit(partial(attend, **options))(q, k, v, work)
-run = jax.jit(partial(attend_on_mesh, attend, make_mesh(data=2, model=4), **options))
+run = jax.jit(partial(attend, mesh=make_mesh(data=2, model=4), **options))
 for x, y in zip(run(q, k, v, work), want, strict=True):
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-6)
 text = run.lower(q, k, v, work).compile().as_text()
 assert len(jax.devices()) == 8 and "all-gather" not in text and "all-reduce" not in text
+
+# The Pallas kernel, lowered for eight GPUs: a work list for each of the two shards of the batch.
+layouts = [Layout(1000, 0, 1000, images), Layout(1000, 3, 990, images[:1])]
+work = build_work("pallas", layouts, SinkTemplate(), head_dim=64, n_queries=1024, n_keys=1024, n_shards=2)
+shapes = [jax.ShapeDtypeStruct((2, h, 1024, 64), jnp.bfloat16) for h in (8, 4, 4)]
+run = jax.jit(partial(attend, mesh=make_mesh(data=2, model=4), **options))
+text = run.trace(*shapes, work).lower(lowering_platforms=("cuda",)).as_text()
+assert "mosaic_gpu" in text and "manual_computation" in text
 print("equal")
 """
 
@@ -215,45 +227,94 @@ def test_heads_and_batch_split_over_eight_devices():
     assert done.stdout == "equal\n", done.stderr
 
 
-def test_dense_heads_lower_to_cudnn_on_cuda(monkeypatch):
-    """Lowered for CUDA without one: cuDNN's call is there, and the loops for the prompts that it does not take."""
+@pytest.fixture
+def cuda(monkeypatch):
+    """As if JAX had CUDA: enough to lower programs for it."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(attention, "has_cuda", lambda: True)
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91300)
-    layout = Layout(100, 0, 100, np.array([(5, 6, 40, 41), (50, 51, 90, 91)]))
-    work = attention_work([layout], SinkTemplate(), n_queries=128, n_keys=256)
-    shapes = [jax.ShapeDtypeStruct((1, h, n, 64), jnp.bfloat16) for h, n in ((4, 128), (2, 256), (2, 256))]
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91501)
 
-    def text(**options) -> str:
-        run = partial(attend, categories=(0, 0, 3, 0), scale=0.125, **options)
+
+@pytest.mark.parametrize("impl", ["portable", "pallas"])
+def test_dense_heads_lower_to_cudnn_on_cuda(cuda, impl):
+    """Lowered for CUDA without one: cuDNN's call is there, for as many heads as are dense, and only where it serves."""
+    layout = Layout(100, 0, 100, np.array([(5, 6, 40, 41), (50, 51, 90, 91)]))
+
+    def text(categories=(0, 0, 3, 0), **options) -> str:
+        options = dict(window=None, bidirectional=False, lse=False) | options
+        work = build_work(
+            impl, [layout], SinkTemplate(), head_dim=64, window=options["window"], n_queries=128, n_keys=256
+        )
+        shapes = [jax.ShapeDtypeStruct((1, h, n, 64), jnp.bfloat16) for h, n in ((4, 128), (2, 256), (2, 256))]
+        run = partial(attend, categories=categories, scale=0.125, **options)
         return jax.jit(run).trace(*shapes, work).lower(lowering_platforms=("cuda",)).as_text()
 
-    plain = dict(window=None, bidirectional=False, lse=False)
-    assert "cudnn$fmha" in text(**plain)
-    assert "while" in text(**plain)
-    for other in (dict(window=64), dict(bidirectional=True), dict(lse=True)):
-        assert "cudnn$fmha" not in text(**{**plain, **other})
+    plain = text()
+    assert re.search(r"cudnn\$fmha.*tensor<1x128x3x64xbf16>", plain)
+    assert ("mosaic_gpu" in plain) == (impl == "pallas")
+    for other in (dict(window=64), dict(bidirectional=True), dict(lse=True), dict(categories=(3, 3, 1, 2))):
+        assert "cudnn$fmha" not in text(**other)
+
+
+class Device:
+    """A GPU that is not there."""
+
+    platform, device_kind = "gpu", "NVIDIA"
+
+    def __init__(self, capability: str, version: str = "cuda 13000") -> None:
+        self.compute_capability, self.client = capability, SimpleNamespace(platform_version=version)
+
+
+def test_which_implementation_serves():
+    """Pallas on CUDA, refused where it cannot serve: nothing goes to XLA there unasked."""
+    half, cpu, h200 = np.dtype(jnp.bfloat16), jax.devices()[0], Device("9.0")
+    assert implementation(None, [cpu], half, 128) == "portable"
+    assert implementation(None, [Device("9.4", "rocm 70000")], half, 128) == "portable"
+    assert implementation(None, [h200, h200], half, 128) == implementation("pallas", [h200], half, 64) == "pallas"
+    assert implementation("portable", [h200], np.dtype("float32"), 96) == "portable"
+    with pytest.raises(ValueError, match=r"one of pallas, portable, or None\. Got 'triton'"):
+        implementation("triton", [cpu], half, 128)
+    for arguments, message in (
+        (("pallas", [cpu], half, 128), "needs a Hopper GPU .*Got cpu"),
+        ((None, [Device("8.0")], half, 128), "needs a Hopper GPU .*capability 8.0"),
+        ((None, [h200], np.dtype("float32"), 128), "computes in bfloat16 and float16. Got float32"),
+        ((None, [h200], half, 96), r"one of \(64, 128, 256\). Got 96"),
+    ):
+        with pytest.raises(NotImplementedError, match=message + '.*impl="portable"'):
+            implementation(*arguments)
+
+
+def test_a_jax_without_the_kernel_is_refused_on_cuda(monkeypatch):
+    monkeypatch.setitem(sys.modules, "blindsight_kernels.pallas_prefill", None)
+    with pytest.raises(ImportError, match='impl="portable"'):
+        implementation(None, [Device("9.0")], np.dtype(jnp.bfloat16), 128)
 
 
 def test_refusals():
     layout = Layout(100, 0, 100, np.array([(5, 6, 40, 41)]))
-    work = attention_work([layout], SinkTemplate(), n_queries=128, n_keys=128)
-    q, k, v = (jnp.zeros((1, h, 128, 16)) for h in (4, 2, 2))
+    work, for_pallas = (
+        build_work(impl, [layout], SinkTemplate(), head_dim=64, n_queries=128, n_keys=128)
+        for impl in ("portable", "pallas")
+    )
+    q, k, v = (jnp.zeros((1, h, 128, 64), jnp.bfloat16) for h in (4, 2, 2))
 
-    def call(q=q, k=k, v=v, categories=(3,) * 4, **options):
+    def call(q=q, k=k, v=v, work=work, categories=(3,) * 4, **options):
         return attend(q, k, v, work, categories=categories, window=None, scale=1.0, bidirectional=False, **options)
 
-    with pytest.raises(NotImplementedError, match=r'no CUDA plug-in here .* Use impl="portable"'):
+    with pytest.raises(NotImplementedError, match=r"needs a Hopper GPU .*Got cpu on platform cpu"):
+        call(work=for_pallas)
+    with pytest.raises(ValueError, match=r"built for impl='pallas'. Got a AttentionWork, which is that of 'portable'"):
         call(impl="pallas")
     with pytest.raises(ValueError, match="Got 'triton'"):
         call(impl="triton")
     with pytest.raises(ValueError, match="H a multiple of K"):
         call(q=q[:, :3])
     with pytest.raises(ValueError, match="of one dtype"):
-        call(k=k.astype(jnp.bfloat16))
-    with pytest.raises(ValueError, match=r"B, T = \(1, 64\) rows"):
-        call(q=q[:, :, :64])
+        call(k=k.astype(jnp.float32))
+    for one in (work, for_pallas):
+        with pytest.raises(ValueError, match=r"B, T = \(1, 64\) rows. Got one of \(1, 128\)"):
+            call(q=q[:, :, :64], work=one)
     with pytest.raises(ValueError, match=r"one of .* per query head, H=4"):
         call(categories=(3,))
     with pytest.raises(ValueError, match=r"one of .* per query head, H=4"):

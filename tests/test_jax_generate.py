@@ -19,6 +19,7 @@ from blindsight_cli.smallvlm.evaluate import make_puzzles, to_inputs
 from jax_blindsight import decode_step, generate, load, sparse_prefill, write
 from jax_blindsight.generation import _sample
 from jax_parity import assert_as_exact
+from parity_model import greedy_tokens
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
 from tiny_jax import in_numpy, twin
@@ -28,29 +29,8 @@ SHIPPED = Path(blindsight_cli.__file__).parent / "models" / "blindsight-tiny-qwe
 N_NEW = 64
 
 
-def hf_tokens(model, inputs, n=N_NEW):
-    """What transformers writes greedily, `[B, n]`, whatever it is."""
-    stops, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
-    try:
-        options = dict(do_sample=False, temperature=None, top_k=None, top_p=None, max_new_tokens=n)
-        return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].numpy()
-    finally:
-        model.generation_config.eos_token_id = stops
-
-
 def batch(family):
     return make_inputs(family, [make_ids(3), make_ids(2, seed=1)])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_transformers(family):
-    """Sparse, two rows of different lengths."""
-    model, inputs = twin(family), batch(family)
-    with patch(model.single, model.params.profile, impl="portable"):
-        expected = hf_tokens(model.single, inputs)
-    got = generate(model.params, in_numpy(inputs), max_new_tokens=N_NEW)
-    np.testing.assert_array_equal(got, expected)
-    assert got.shape == (2, N_NEW) and got.dtype == np.int32
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,7 +70,7 @@ def test_the_trained_model_answers_as_in_transformers(trained, dense):
     assert params.profile == profile and profile.categories.any()
     handle = None if dense else patch(model, profile, impl="portable")
     with torch.no_grad():
-        plain, expected = model(**inputs, logits_to_keep=1).logits.numpy(), hf_tokens(model, inputs)
+        plain, expected = model(**inputs, logits_to_keep=1).logits.numpy(), greedy_tokens(model, inputs)
         if handle is not None:
             handle.unpatch()
         double = copy.deepcopy(model).double()

@@ -166,7 +166,8 @@ def test_attention_and_layer(family, layer):
 
     inputs = dict(x=x, positions=positions)
     attention = make(Attention, text, weights=weights["attention"])
-    p.check(attention(jnp.asarray(x), by, layer, attend), partial(run, "attention"), inputs)
+    attended = attention.merge(attend(layer, *attention.project(jnp.asarray(x), by)))
+    p.check(attended, partial(run, "attention"), inputs)
     whole = make(DecoderLayer, text, weights=weights)
     p.check(whole(jnp.asarray(x), by, layer, attend), partial(run, "layer"), inputs)
 

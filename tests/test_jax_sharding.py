@@ -43,7 +43,8 @@ def test_a_prefill_gives_what_one_device_gives(either):
 
 def test_a_prefill_sends_sums_only(either):
     programs = either["collectives"]
-    assert programs["_layers"] == {f"all-reduce {HIDDEN}": 4}  # two sums in each of two layers
+    assert programs["_begin"] == programs["_by_category"] == {}
+    assert programs["_end"] == {f"all-reduce {HIDDEN}": 2}  # all that a layer needs
     for name in ("_embed", "_encode"):
         assert programs[name], "nothing is split"
         assert all(kind.startswith("all-reduce ") for kind in programs[name])

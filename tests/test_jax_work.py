@@ -1,58 +1,16 @@
-"""The work list of the JAX attention: what its arrays say, read back as a mask; shapes that depend on buckets alone."""
+"""The work list of the JAX attention: shapes that depend on buckets alone. `test_parity_plan` reads its tiles back."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_blindsight.buckets import bucket
 from jax_blindsight.work import attention_work
-from shared_profiles import Category, Layout, SinkTemplate, category_mask
-from strategies import layouts, templates, windows
-
-
-def read_back(work, category: Category, shape: tuple[int, int], window: int | None) -> np.ndarray:
-    """The mask `[T, S]` that a tile loop shows, by the docstring of `work.py`; every row must be told once."""
-    q_start, mask = int(work.q_start[0]), np.zeros(shape, dtype=bool)
-    tiles = [
-        (np.arange(t[0], t[1]), *t[2:]) for t in work.tiles[0, category, : work.n_tiles[0, category]].astype(np.int64)
-    ]
-    for first, stop, lo, hi in work.gathered[0, : work.n_gathered[0, category]].astype(np.int64):
-        tiles.append((work.gathered_rows[0, first:stop], lo, hi, 0, 0, 0))
-    keys = np.arange(shape[1])
-    told = np.concatenate([rows for rows, *_ in tiles]) if tiles else np.zeros(0)
-    assert len(set(told.tolist())) == len(told)
-    for rows, lo, hi, open_to, p_start, p_stop in tiles:
-        for row in rows:
-            shown = (keys >= lo) & (keys < hi) & (keys < max(row + 1, open_to))
-            shown[work.packed[0, category, p_start:p_stop]] = True
-            if window is not None:
-                shown &= keys > row - window
-            mask[row - q_start] = shown
-    return mask
-
-
-@settings(max_examples=200)
-@given(st.data(), layouts(), templates, windows)
-def test_the_tables_are_the_definition(data, layout, template, window):
-    q_start = data.draw(st.integers(0, layout.n_tokens))
-    n = layout.n_tokens
-    work = attention_work([layout], template, window=window, q_start=q_start, n_queries=n - q_start + 5, n_keys=n + 9)
-    for category in Category:
-        want = category_mask(layout, category, template, window=window, q_start=q_start)
-        np.testing.assert_array_equal(read_back(work, category, want.shape, window), want)
-
-
-@settings(max_examples=30)
-@given(layouts(), templates)
-def test_dense_rows_are_dense_under_every_category(layout, template):
-    work = attention_work([layout], template, n_queries=layout.n_tokens, n_keys=layout.n_tokens, dense=[True])
-    want = category_mask(layout, Category.DENSE, template)
-    for category in Category:
-        np.testing.assert_array_equal(read_back(work, category, want.shape, None), want)
+from shared_profiles import Layout, SinkTemplate
 
 
 def even_layout(n: int, image: int) -> Layout:

@@ -152,6 +152,9 @@ def test_split_text_ranges_of_a_chunk(attend, window):
     options = dict(window=window, q_start=180, max_keys=130, races=window is None, tiles=NARROW)
     out, lse = check(attend, *arguments, **options)
     if window is None:
+        out_one, lse_one, _ = attend(*arguments[:4], [-1, 3], TEMPLATE, **options | dict(races=False))
+        assert not out_one[:, :, 0].any() and (lse_one[:, 0] == -np.inf).all()  # left out
+        np.testing.assert_array_equal(out_one[:, :, 1], out[:, :, 1])
         again, again_lse, _ = attend(*arguments, **options | dict(races=False))
         np.testing.assert_array_equal(again, out)
         np.testing.assert_array_equal(again_lse, lse)
@@ -226,7 +229,7 @@ def test_refusals():
         attend(tiles=Configuration(128, 8))
     with pytest.raises(ValueError, match=r"one category per query head, H=4. Got shape \(2,\)"):
         attend(categories=(0, 1))
-    with pytest.raises(ValueError, match=r"categories must be among \[0, 1, 2, 3\]. Got \[0, 1, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"among \[0, 1, 2, 3\], or -1 for none. Got \[0, 1, 2, 4\]"):
         attend(categories=(0, 1, 2, 4))
     for scale in (float("nan"), float("inf"), 0.0, -1.0):
         with pytest.raises(ValueError, match=r"scale must be positive and finite"):

@@ -1,4 +1,4 @@
-"""The work list of the Pallas kernel: what its tiles say, walked in NumPy, is the definition of every category."""
+"""The work list of the Pallas kernel: its shapes and its order. `test_parity_plan` reads back what its tiles say."""
 
 from __future__ import annotations
 
@@ -8,76 +8,50 @@ import pytest
 pytest.importorskip("jax", reason="the Pallas kernel needs jax, which is not installed")
 
 import jax
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from blindsight_kernels.pallas_prefill import order_heads, rows_of
-from blindsight_kernels.pallas_work import BLOCK_Q, FIELDS, PallasWork, build_pallas_work, build_plans
+from blindsight_kernels.pallas_prefill import order_heads
+from blindsight_kernels.pallas_work import FIELDS, NO_TILE, build_pallas_work, build_plans, stack_pallas_works
+from parity_plan import read_pallas
 from shared_profiles import Category, Layout, SinkTemplate, build_plan, category_mask
-from strategies import chunks, layouts, templates, windows
-
-BLOCK_K = 16
-
-
-def seen(work: PallasWork, category: Category) -> np.ndarray:
-    """How often each query looks at each key, `[B, T, S]`, by the rules of the kernel."""
-    index, oldest, newest, row_of = (np.asarray(x) for x in rows_of(work))
-    counts = np.zeros((work.n_batch * work.n_queries, work.n_keys), int)
-    n_packed = work.packed.shape[1]
-    for tile in work.tiles[category]:
-        field = dict(zip(FIELDS, tile.tolist(), strict=True))
-        rows = np.arange(BLOCK_Q) + field["q_tile"] * BLOCK_Q
-        mine = rows[row_of[index[rows]] == rows]
-        for source in ("packed", "range"):
-            first, n_tiles, low, high, start, stop = (
-                field[f"{source}_{name}"] for name in ("first", "n_tiles", "low", "high", "start", "stop")
-            )
-            assert first % 8 == 0
-            assert 0 <= low <= high <= n_tiles
-            for j in range(n_tiles):
-                key = first + j * BLOCK_K + np.arange(BLOCK_K)
-                if source == "packed":
-                    assert key[-1] < n_packed
-                    batch, position = work.packed[:, key]
-                    allowed = (key >= start) & (key < stop) & (position >= oldest[mine, None])
-                    assert (batch[(key >= start) & (key < stop)] == field["batch"]).all()
-                else:
-                    position = key
-                    allowed = (key >= np.maximum(oldest[mine], start)[:, None]) & (
-                        key <= np.minimum(newest[mine], stop - 1)[:, None]
-                    )
-                if low <= j < high:
-                    assert allowed.all()
-                for row, keys in zip(mine, allowed, strict=True):
-                    np.add.at(counts[index[row]], position[keys], 1)
-    return counts.reshape(work.n_batch, work.n_queries, work.n_keys)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data(), templates, windows, st.none() | st.integers(5, 40))
-def test_tiles_say_what_the_masks_say(data, template, window, max_keys):
-    layout = data.draw(layouts(max_images=3, max_image=40))
-    q_start, q_stop = data.draw(chunks(layout))
-    other = Layout(layout.n_tokens, layout.start, layout.stop, layout.images[:1], layout.bidirectional)
-    both = [layout, other]
-    plans = tuple(
-        build_plan(x, template, tile_rows=8, window=window, q_start=q_start, q_stop=q_stop, max_keys=max_keys)
-        for x in both
-    )
-    n_queries = q_stop - q_start
-    work = build_pallas_work(plans, BLOCK_K, n_queries=168, n_keys=176)
-    for category in Category:
-        counts = seen(work, category)
-        assert (counts[:, n_queries:] == 0).all()
-        for b, one in enumerate(both):
-            mask = category_mask(one, category, template, window=window, q_start=q_start, q_stop=q_stop)
-            np.testing.assert_array_equal(counts[b, :n_queries, : layout.n_tokens], mask)
 
 
 def long_prompt(n: int, n_images: int, text: int = 12) -> Layout:
     begin = 20 + np.arange(n_images) * ((n - 40) // n_images)
     end = begin + (n - 40) // n_images - text
     return Layout(n, 0, n, np.stack([begin, begin + 1, end - 1, end], axis=1))
+
+
+def test_dense_rows_are_dense_under_every_category():
+    template, layouts = SinkTemplate(local_block=8), [long_prompt(150, 2, 5), long_prompt(150, 3, 7)]
+    plans = tuple(build_plan(x, template, tile_rows=8) for x in layouts)
+    work = build_pallas_work(plans, 16, n_queries=152, n_keys=152, dense=(True, False))
+    for category in Category:
+        for b, runs_as in enumerate((Category.DENSE, category)):
+            mask = category_mask(layouts[b], runs_as, template)
+            np.testing.assert_array_equal(read_pallas(work, category)[b, :150, :150], mask)
+    assert (np.diff(work.cost[[Category.INTRA_IMAGE_SINK, Category.DENSE]]) > 0).all()
+
+
+def test_works_of_several_devices_are_stacked_with_equal_shapes():
+    """Each one's part says what it said alone, though images, packed keys and parts differ."""
+    template = SinkTemplate(local_block=8)
+    layouts = [long_prompt(150, 1, 9), long_prompt(150, 12, 5), long_prompt(150, 2, 40)]
+    works = [
+        build_pallas_work((build_plan(x, template, tile_rows=8, max_keys=n),), 16, n_queries=152, n_keys=152)
+        for x, n in zip(layouts, (None, 20, 60), strict=True)
+    ]
+    shapes = {tuple(x.shape for x in jax.tree.leaves(work)) for work in works}
+    stacked = stack_pallas_works(works)
+    assert len(shapes) == 3 and stacked.n_slots == max(work.n_slots for work in works) > 1
+    for i, (work, layout) in enumerate(zip(works, layouts, strict=True)):
+        part = jax.tree.map(lambda x, i=i: x[i], stacked)
+        merged = [row for row in part.merges.tolist() if row[0] != NO_TILE]
+        alone = [row for row in work.merges.tolist() if row[0] != NO_TILE]
+        assert [row[: len(alone[0])] for row in merged] == alone if alone else not merged
+        for category in Category:
+            np.testing.assert_array_equal(
+                read_pallas(part, category)[0, :150, :150], category_mask(layout, category, template)
+            )
 
 
 def test_prompts_of_one_bucket_have_one_shape_and_longest_tiles_first():
@@ -118,6 +92,8 @@ def test_refusals():
         build_pallas_work((plan, build_plan(long_prompt(4000, 2), template, window=9)), 128)
     with pytest.raises(ValueError, match=r"must share .*Got \[\]"):
         build_pallas_work((), 128)
+    with pytest.raises(ValueError, match=r"one bool per plan, 1. Got 2"):
+        build_pallas_work((plan,), 128, dense=(True, False))
     with pytest.raises(ValueError, match=r"n_keys >= 4000 .*Got n_queries=4000, n_keys=3968"):
         build_pallas_work((plan,), 128, n_queries=4000, n_keys=3968)
     with pytest.raises(ValueError, match=r"n_queries >= 1,"):

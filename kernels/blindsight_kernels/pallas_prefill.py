@@ -23,6 +23,7 @@ from blindsight_kernels.pallas_work import ALIGNMENT, BLOCK_Q, BOTH_WAYS, GATHER
 from shared_profiles.categories import Category
 
 DTYPES = ("bfloat16", "float16")
+LEFT_OUT = -1  # in the place of a category: the head is not computed
 
 
 def pallas_attention(
@@ -48,7 +49,8 @@ def pallas_attention(
         k, v: keys and values `[B, K, S, D]`, S a multiple of 8. Those beyond a sequence's real tokens are ignored,
             whatever they hold.
         work: the batch's work list, built for this T and S.
-        categories: `[H]` int32 indices into `Category`; checked where they are not traced.
+        categories: `[H]` int32 indices into `Category`, `LEFT_OUT` for a head that something else computes: zeros and
+            `-inf`. Checked where they are not traced.
         scale: factor on the scores, usually `D ** -0.5`; positive.
         kv_heads: `[H]` the kv head that each query head reads, where q holds some of a model's heads only, as when its
             dense heads go to another kernel. Default: H is a multiple of K, and head h reads kv head `h // (H // K)`.
@@ -96,13 +98,14 @@ def _attention(q, k, v, work, categories, kv_heads, *, scale, chosen, interpret)
     packed_k, packed_v = (_pack(x, work) for x in (k, v))
     heads = order_heads(categories, work.cost, kv_heads)
     positions = work.packed[1]
+    tiles = jnp.pad(work.tiles, ((0, 1), (0, 0), (0, 0)))  # LEFT_OUT, the last, has no keys anywhere
     out, lse, part_out, part_lse = prefill_kernel(
         q_rows,
         k,
         v,
         packed_k,
         packed_v,
-        work.tiles,
+        tiles,
         heads,
         oldest,
         newest,
@@ -113,9 +116,9 @@ def _attention(q, k, v, work, categories, kv_heads, *, scale, chosen, interpret)
         interpret=interpret,
     )
     out, lse = _merge(out, lse, part_out, part_lse, work.merges)
-    seen = row_of >= 0
-    out = jnp.where(seen[:, None, None], out[row_of], 0)  # [B * T, H, D]
-    lse = jnp.where(seen, lse[:, row_of], -jnp.inf)  # [H, B * T]
+    seen = (row_of >= 0)[:, None] & (categories >= 0)  # [B * T, H]
+    out = jnp.where(seen[:, :, None], out[row_of], 0)  # [B * T, H, D]
+    lse = jnp.where(seen.T, lse[:, row_of], -jnp.inf)  # [H, B * T]
     return (
         out.reshape(n_batch, n_queries, n_heads, dim),
         lse.reshape(n_heads, n_batch, n_queries).swapaxes(0, 1),
@@ -153,10 +156,11 @@ def order_heads(categories: jax.Array, cost: jax.Array, kv_heads: jax.Array) -> 
         kv_heads: `[H]` int32, the kv head that each reads.
 
     Returns:
-        `[H, 3]` int32: head, kv head, category.
+        `[H, 3]` int32: head, kv head, category; 4 for one that is left out.
     """
     head = jnp.arange(len(categories), dtype=jnp.int32)
-    own = jnp.asarray(cost)[categories]
+    categories = jnp.where(categories < 0, len(cost), categories)
+    own = jnp.pad(jnp.asarray(cost), (0, 1))[categories]
     of_group = jnp.where(kv_heads[:, None] == kv_heads, own, 0).sum(axis=1)
     order = jnp.lexsort((head, -own, kv_heads, -of_group))
     return jnp.stack([head, kv_heads, categories], axis=1)[order]
@@ -212,6 +216,19 @@ def check_devices(devices: Iterable[jax.Device]) -> None:
             )
 
 
+def check_dtype(dtype: np.dtype) -> None:
+    """Refuses what the kernel does not compute in.
+
+    Raises:
+        NotImplementedError: the dtype is neither bfloat16 nor float16.
+    """
+    if dtype.name not in DTYPES:
+        raise NotImplementedError(
+            f"the Pallas kernel computes in {' and '.join(DTYPES)}. Got {dtype.name}. Convert q, k and v, or use the "
+            "portable implementation."
+        )
+
+
 def check_inputs(
     q: jax.Array,
     k: jax.Array,
@@ -235,11 +252,7 @@ def check_inputs(
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one dtype. Got {q.dtype}, {k.dtype}, {v.dtype}. Convert them first.")
-    if q.dtype.name not in DTYPES:
-        raise NotImplementedError(
-            f"the Pallas kernel computes in {' and '.join(DTYPES)}. Got {q.dtype.name}. Convert q, k and v, or use the "
-            "portable implementation."
-        )
+    check_dtype(q.dtype)
     configuration(q.shape[3])
     if k.shape[2] % ALIGNMENT:
         raise ValueError(
@@ -260,5 +273,7 @@ def check_inputs(
             f"categories must hold one category per query head, H={q.shape[1]}. Got shape {jnp.shape(categories)}."
         )
     known = list(map(int, Category))
-    if not isinstance(categories, jax.core.Tracer) and not np.isin(categories, known).all():
-        raise ValueError(f"categories must be among {known}. Got {np.asarray(categories).tolist()}.")
+    if not isinstance(categories, jax.core.Tracer) and not np.isin(categories, [LEFT_OUT, *known]).all():
+        raise ValueError(
+            f"categories must be among {known}, or {LEFT_OUT} for none. Got {np.asarray(categories).tolist()}."
+        )

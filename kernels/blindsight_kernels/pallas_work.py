@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from shared_profiles.template import SinkTemplate
 BLOCK_Q = 128  # query rows of a tile: two compute warpgroups of 64
 ALIGNMENT = 8  # rows; where TMA may start under the layout that wgmma reads
 NO_WINDOW = 1 << 30  # wider than any prompt
+NO_TILE = np.iinfo(np.int32).max  # in `merges`
 _IMAGES = 8  # least capacity for images
 _MAX_KEYS, _MOST_PARTS = 16384, 128
 GATHERED, BOTH_WAYS = 1, 2  # kinds of a q_tile
@@ -51,7 +53,7 @@ class PallasWork:
         gathered_rows: `[n]` positions of the text and delimiter rows, batch rows one after another.
         packed: `[2, P]` batch row and position of the packed keys: for each batch row text, then text and sinks, each
             from a multiple of 8 on.
-        merges: `[n_merges, 1 + n_parts]` tiles computed in parts: q_tile (n_q_tiles: not used), then slots, -1 for
+        merges: `[n_merges, 1 + n_parts]` tiles computed in parts: q_tile (`NO_TILE`: not used), then slots, -1 for
             none.
         span: `[B, 2]` the real keys `[start, stop)` of each batch row.
         limits: `[2]` q_start and window.
@@ -121,7 +123,12 @@ def build_plans(
 
 @lru_cache(maxsize=16)
 def build_pallas_work(
-    plans: tuple[Plan, ...], block_k: int, *, n_queries: int | None = None, n_keys: int | None = None
+    plans: tuple[Plan, ...],
+    block_k: int,
+    *,
+    n_queries: int | None = None,
+    n_keys: int | None = None,
+    dense: tuple[bool, ...] | None = None,
 ) -> PallasWork:
     """Builds the work list of a batch, or returns the one built before for these very plans.
 
@@ -129,10 +136,15 @@ def build_pallas_work(
         plans: one plan a batch row, all of the same queries and window, `tile_rows` up to 128.
         block_k: keys of a tile.
         n_queries, n_keys: T and S of the queries and keys that it will be used with; default the plans'.
+        dense: the batch rows in which every head attends densely, whatever its category. Default: none.
 
     Raises:
-        ValueError: no plans, plans that differ in what must be the same for a launch, or too few queries or keys.
+        ValueError: no plans, plans that differ in what must be the same for a launch, too few queries or keys, or
+            `dense` of another length than `plans`.
     """
+    dense = (False,) * len(plans) if dense is None else dense
+    if len(dense) != len(plans):
+        raise ValueError(f"dense must hold one bool per plan, {len(plans)}. Got {len(dense)}.")
     shared = {(p.q_start, p.q_stop, p.window, p.layout.n_tokens) for p in plans}
     if len(shared) != 1:
         raise ValueError(
@@ -152,12 +164,14 @@ def build_pallas_work(
     tables, q_tiles, merges, packed, costs = [], [], [], [], []
     bases = dict(q_tile=0, row=0, packed=0, slot=0)
     for b, plan in enumerate(plans):
+        runs_as = np.zeros(len(Category), int) if dense[b] else np.arange(len(Category))
         table, q_tile, merge, rows_of, n_parts = _tiles_of(plan, b, block_k, bases)
+        table = table[runs_as]
         tables.append(table)
         q_tiles.append(q_tile)
         merges.append(merge)
         packed.append(rows_of)
-        costs.append(plan.hi - plan.lo + plan.packed_stop - plan.packed_start)  # [4, n_tiles]
+        costs.append((plan.hi - plan.lo + plan.packed_stop - plan.packed_start)[runs_as])  # [4, n_tiles]
         bases["q_tile"] += len(q_tile)
         bases["row"] += len(plan.gathered_rows)
         bases["packed"] += rows_of.shape[1]
@@ -172,7 +186,7 @@ def build_pallas_work(
     n_merges = _power_of_two(sum(map(len, merges)))
     n_parts = _power_of_two(max(m.shape[1] - 1 for m in merges))
     merge_table = np.full((n_merges, 1 + n_parts), -1)
-    merge_table[:, 0] = n_q_tiles
+    merge_table[:, 0] = NO_TILE
     at = 0
     for merge in merges:
         merge_table[at : at + len(merge), : merge.shape[1]] = merge
@@ -193,6 +207,32 @@ def build_pallas_work(
         n_keys,
         n_slots,
     )
+
+
+def stack_pallas_works(works: Sequence[PallasWork]) -> PallasWork:
+    """One work list a device, in one value: every array gets a leading axis over the devices.
+
+    Args:
+        works: of equally many rows each, and of the same T, S and block_k; what is smaller is filled up to the largest.
+
+    Returns:
+        `n_batch`, `n_queries` and `n_keys` are those of one device. Inside `shard_map`, take `[0]` of every array.
+    """
+    n_slots = max(work.n_slots for work in works)
+
+    def stack(name: str) -> np.ndarray:
+        arrays = [getattr(work, name) for work in works]
+        shape = tuple(np.max([x.shape for x in arrays], axis=0))
+        out = np.zeros((len(arrays), *shape), arrays[0].dtype)
+        if name == "merges":
+            out[:] = -1
+            out[:, :, 0] = NO_TILE
+        for i, array in enumerate(arrays):
+            out[i][tuple(map(slice, array.shape))] = array
+        return out
+
+    arrays: dict[str, Any] = {f.name: stack(f.name) for f in fields(PallasWork) if f.name not in _STATIC}
+    return replace(works[0], n_slots=n_slots, **arrays)
 
 
 def _tiles_of(

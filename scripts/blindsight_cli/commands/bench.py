@@ -172,6 +172,13 @@ def bench_jax_decode(repeats: int) -> list[Row]:
     return bench_jax.bench_decode(repeats)
 
 
+def bench_jax_compile(repeats: int) -> list[Row]:
+    """The first prefill of a bucket in JAX, see `bench_jax`."""
+    from blindsight_cli.commands import bench_jax
+
+    return bench_jax.bench_compile(repeats)
+
+
 BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "attention": bench_attention,
     "prefill": bench_prefill,
@@ -181,6 +188,7 @@ BENCHMARKS: dict[str, Callable[[int], list[Row]]] = {
     "jax-attention": bench_jax_attention,
     "jax-prefill": bench_jax_prefill,
     "jax-decode": bench_jax_decode,
+    "jax-compile": bench_jax_compile,
 }
 
 

@@ -33,14 +33,10 @@ def bench_attention(repeats: int, layout: Layout) -> list[Row]:
     work = attention_work([layout], template, n_queries=n, n_keys=n)
 
     def run(category: Category, arrays: list[Any]) -> object:
-        return jax.block_until_ready(compiled[category](*arrays, work))
+        options: dict[str, Any] = dict(window=None, scale=scale, bidirectional=False, lse=False)
+        q, k, v = arrays
+        return jax.block_until_ready(attend(q, k, v, work, categories=(category,) * heads, **options)[0])
 
-    compiled = {
-        category: jax.jit(
-            partial(attend, categories=(category,) * heads, window=None, scale=scale, bidirectional=False)
-        )
-        for category in (Category.DENSE, Category.INTRA_IMAGE_SINK)
-    }
     rows = []
     for kv_heads in (heads, heads // 2):
         q, k, v = (torch.randn(1, h, n, dim) for h in (heads, kv_heads, kv_heads))
@@ -93,6 +89,26 @@ def bench_decode(repeats: int) -> list[Row]:
             steps.append((time.perf_counter() - begun[0], time.thread_time() - begun[1]))
     wall, host = (1e3 * median(x) for x in zip(*steps[64:], strict=True))
     return [dict(case="decode step, 28 layers, until it returns", wall_ms=wall, host_cpu_ms=host)]
+
+
+def bench_compile(repeats: int) -> list[Row]:
+    """What the first prompt of a bucket costs: 28 layers of 28 heads, every layer with a mixture of its own.
+
+    In one process nothing compiles twice, so there is one measurement, whatever `repeats`.
+    """
+    model: Any = make_random_model(hidden=448, layers=28, heads=28, kv_heads=4)
+    categories = np.random.default_rng(0).choice(4, p=[0.3, 0.25, 0.2, 0.25], size=(28, 28))
+    profile = Profile(categories, SinkTemplate(), fingerprint(model), None, {"method": "manual"})
+    params = _load(model, profile)
+    arrays = {name: x.numpy() for name, x in make_random_prompt(4, 16, text=30).items()}
+    taken = []
+    for dense in (False, False, True):
+        begun = time.perf_counter()
+        jax.block_until_ready(sparse_prefill(params, arrays, dense=dense).logits)
+        taken.append(time.perf_counter() - begun)
+    first, second, dense_s = taken
+    case = f"first prefill of a bucket, 28 layers of 28 heads, all different, {arrays['input_ids'].shape[1]} tokens"
+    return [dict(case=case, first_s=first, second_s=second, first_dense_s=dense_s)]
 
 
 def _load(model: Any, profile: Profile | None) -> Params:
