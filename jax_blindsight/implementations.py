@@ -95,7 +95,8 @@ def build_work(
     if impl == "portable":
         return attention_work(layouts, template, dense=dense, **sizes)  # its rows are dealt out as they are
     from blindsight_kernels.pallas_configurations import configuration
-    from blindsight_kernels.pallas_work import build_pallas_work, build_plans, stack_pallas_works
+    from blindsight_kernels.pallas_work import build_pallas_work, stack_pallas_works
+    from blindsight_kernels.plans import build_plans
 
     lone = [False] * len(layouts) if dense is None else dense
     check_layouts(layouts, lone, **sizes)

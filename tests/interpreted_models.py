@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from interpreted import nan_filled
 from shared_profiles import SinkTemplate
+from shared_profiles.classifier import Thresholds
 from shared_profiles.statistics import Statistics
 from tiny_models import (
     END,
@@ -87,7 +88,8 @@ def statistics(family: str, impl: str, folder: Any) -> Statistics:
     model = make_model(family, n_layers=2)
     prompts = [make_inputs(family, [make_ids(2, seed=i)], seed=i) for i in range(2)]
     path = folder / f"{impl}.npz"
-    calibrate(model, prompts, template=TEMPLATE, progress=False, state=path, impl=impl)
+    options = dict(template=TEMPLATE, thresholds=Thresholds(), progress=False)
+    calibrate(model, prompts, state=path, impl=impl, **options)
     return Statistics.load(path)
 
 

@@ -16,7 +16,8 @@ import torch
 
 from blindsight_kernels import triton_prefill
 from blindsight_kernels.pallas_prefill import rows_of
-from blindsight_kernels.pallas_work import BLOCK_Q, FIELDS, PallasWork, build_pallas_work, build_plans
+from blindsight_kernels.pallas_work import BLOCK_Q, FIELDS, PallasWork, build_pallas_work
+from blindsight_kernels.plans import build_plans
 from blindsight_kernels.triton_work import BOTH_WAYS, GATHERED, NO_WINDOW, Work, build_work
 from jax_blindsight.work import AttentionWork, attention_work
 from shared_profiles import Category, Layout, SinkTemplate, category_mask

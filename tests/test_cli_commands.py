@@ -122,7 +122,7 @@ def test_show_of_a_profile_made_by_hand(tmp_path: Path) -> None:
 def test_validate(profile: Path) -> None:
     assert blindsight("profile", "validate", profile).exit_code == 0
     assert json.loads(blindsight("profile", "validate", profile, "--json").stdout)["valid"] is True
-    profile.write_text(profile.read_text().replace('"DENSE"', '"SINK"'))
+    profile.write_text(profile.read_text().replace('"DENSE",', '"SINK",'))
     result = blindsight("profile", "validate", profile)
     assert (result.exit_code, result.stdout) == (3, "")
     assert "checksum" in result.stderr and "Traceback" not in result.stderr

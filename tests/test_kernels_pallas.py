@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from blindsight_kernels.pallas_configurations import Configuration
 from blindsight_kernels.pallas_prefill import pallas_attention
-from blindsight_kernels.pallas_work import build_pallas_work, build_plans
+from blindsight_kernels.pallas_work import build_pallas_work
+from blindsight_kernels.plans import build_plans
 from blindsight_kernels.reference import reference_attention
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from simulated import Simulate, native, simulator

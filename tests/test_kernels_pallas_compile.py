@@ -20,7 +20,8 @@ import jax
 from blindsight_kernels.pallas_compile import PLUG_IN, TABLE, Resources, lower, name_of, read_table
 from blindsight_kernels.pallas_configurations import HEAD_DIMS, SHARED_MEMORY, Configuration, configuration
 from blindsight_kernels.pallas_prefill import DTYPES, pallas_attention
-from blindsight_kernels.pallas_work import build_pallas_work, build_plans
+from blindsight_kernels.pallas_work import build_pallas_work
+from blindsight_kernels.plans import build_plans
 from shared_profiles import Layout, SinkTemplate
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,8 @@ pytest.importorskip("jax", reason="the Pallas kernel needs jax, which is not ins
 import jax
 
 from blindsight_kernels.pallas_prefill import order_heads
-from blindsight_kernels.pallas_work import FIELDS, NO_TILE, build_pallas_work, build_plans, stack_pallas_works
+from blindsight_kernels.pallas_work import FIELDS, NO_TILE, build_pallas_work, stack_pallas_works
+from blindsight_kernels.plans import build_plans
 from parity_plan import read_pallas
 from shared_profiles import Category, Layout, SinkTemplate, build_plan, category_mask
 

@@ -1,6 +1,6 @@
 """Prefill attention by the Pallas kernel: checks what it is given, gathers rows and packed keys, launches, merges.
 
-    plans = build_plans(layouts, template, ...)                                         once a prompt
+    plans = build_plans(layouts, template, ...)  # plans.py                             once a prompt
     work  = build_pallas_work(plans, configuration(D).block_k, n_queries=T, n_keys=S)   once a prompt
     out, lse = pallas_attention(q, k, v, work, categories, scale=...)                   every layer, under jit
 

@@ -15,7 +15,6 @@ A tile reads two spans of keys, in tiles of `block_k` from a multiple of 8 on::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -25,16 +24,13 @@ import numpy as np
 
 from blindsight_kernels.pallas_requirements import jax
 from shared_profiles.categories import Category
-from shared_profiles.layout import Layout
-from shared_profiles.plan import Plan, build_plan
-from shared_profiles.template import SinkTemplate
+from shared_profiles.plan import Plan
 
 BLOCK_Q = 128  # query rows of a tile: two compute warpgroups of 64
 ALIGNMENT = 8  # rows; where TMA may start under the layout that wgmma reads
 NO_WINDOW = 1 << 30  # wider than any prompt
 NO_TILE = np.iinfo(np.int32).max  # in `merges`
 _IMAGES = 8  # least capacity for images
-_MAX_KEYS, _MOST_PARTS = 16384, 128
 GATHERED, BOTH_WAYS = 1, 2  # kinds of a q_tile
 # Columns of a tile. `slot` is where a part's result is put aside for the merge, -1 for a whole tile.
 _SPAN = ("first", "n_tiles", "low", "high", "start", "stop")
@@ -86,39 +82,6 @@ _STATIC = ["block_k", "n_batch", "n_queries", "n_keys", "n_slots"]
 jax.tree_util.register_dataclass(
     PallasWork, [name for name in PallasWork.__dataclass_fields__ if name not in _STATIC], _STATIC
 )
-
-
-def build_plans(
-    layouts: Sequence[Layout],
-    template: SinkTemplate,
-    *,
-    window: int | None = None,
-    q_start: int = 0,
-    q_stop: int | None = None,
-) -> tuple[Plan, ...]:
-    """Plans of a batch with tiles and splits that suit the kernel; arguments as for `build_plan`.
-
-    Text ranges are split where they are longer than 16K keys, or, where there is much text and so no lack of work for
-    every processor, than 1/128 of all of them together: the parts of a head are kept in memory until they are merged.
-    """
-    plans = []
-    for layout in layouts:
-        last = layout.n_tokens if q_stop is None else q_stop
-        rows = layout.textual_rows
-        rows = rows[np.searchsorted(rows, q_start) : np.searchsorted(rows, last)]
-        keys = np.minimum(rows[::BLOCK_Q], window or NO_WINDOW).sum()  # of all gathered tiles, about
-        plans.append(
-            build_plan(
-                layout,
-                template,
-                tile_rows=math.gcd(BLOCK_Q, template.local_block),
-                window=window,
-                q_start=q_start,
-                q_stop=q_stop,
-                max_keys=max(_MAX_KEYS, int(keys) // _MOST_PARTS),
-            )
-        )
-    return tuple(plans)
 
 
 @lru_cache(maxsize=16)

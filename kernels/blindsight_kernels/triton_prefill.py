@@ -12,24 +12,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blindsight_kernels.checks import check_arrays, check_categories, check_keys, check_layouts
+from blindsight_kernels.plans import build_plans
 from blindsight_kernels.triton_configurations import GENERATIONS, Configuration, configuration, generation
 from blindsight_kernels.triton_kernels import merge_kernel, prefill_kernel, triton
 from blindsight_kernels.triton_work import N_FIELDS, NO_WINDOW, Work, build_work, order_heads, pack
 from shared_profiles.layout import Layout
-from shared_profiles.plan import build_plan
 from shared_profiles.template import SinkTemplate
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # TRITON_INTERPRET=1 when the kernels were first imported: they run, slowly, on CPU tensors, and nowhere else.
 INTERPRETED = not isinstance(prefill_kernel, triton.runtime.JITFunction)
-MAX_KEYS = 16384  # longest range of one gathered tile by default; longer ones are computed in parts
 
 
 def triton_attention(
@@ -43,7 +42,7 @@ def triton_attention(
     scale: float,
     window: int | None = None,
     q_start: int = 0,
-    max_keys: int | None = MAX_KEYS,
+    max_keys: int | Literal["balanced"] | None = "balanced",
     tiles: Configuration | None = None,
     skip_dense: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -59,7 +58,7 @@ def triton_attention(
         scale: factor on the scores, usually `D ** -0.5`; positive.
         window: sliding window in tokens, None for none.
         q_start: position of the first query.
-        max_keys: longest key range that one program walks for text rows; None never splits.
+        max_keys: longest key range that one program walks for text rows, see `build_plans`.
         tiles: tile sizes to use instead of the tuned ones.
         skip_dense: leave the rows of `DENSE` heads undefined, for a caller who computes them otherwise.
 
@@ -74,18 +73,8 @@ def triton_attention(
     check_inputs(q, k, v, scale)
     chosen = choose(q) if tiles is None else tiles
     check_layouts(layouts, q.shape[0], q_start, q.shape[2])
-    plans = tuple(
-        build_plan(
-            layout,
-            template,
-            tile_rows=math.gcd(chosen.block_q, template.local_block),
-            window=window,
-            q_start=q_start,
-            q_stop=q_start + q.shape[2],
-            max_keys=max_keys,
-        )
-        for layout in layouts
-    )
+    where: dict[str, Any] = dict(window=window, q_start=q_start, q_stop=q_start + q.shape[2], max_keys=max_keys)
+    plans = build_plans(layouts, template, block_q=chosen.block_q, **where)
     work = build_work(plans, chosen.block_k, q.device)
     return triton_prefill(q, k, v, work, categories, scale=scale, tiles=chosen, skip_dense=skip_dense)
 

@@ -7,7 +7,6 @@ layers, is a row of its own.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +20,10 @@ from blindsight_gpu import peers
 from blindsight_gpu.measure import Place, free, seconds_per_call
 from blindsight_gpu.prompts import TEMPLATE, Shape, lengths, make_inputs, make_layout, mixed, shapes
 from blindsight_gpu.results import Results, Row
-from blindsight_kernels.triton_prefill import MAX_KEYS, choose, triton_attention
+from blindsight_kernels.plans import build_plans
+from blindsight_kernels.triton_prefill import choose, triton_attention
 from blindsight_kernels.triton_work import build_work, pack
-from shared_profiles import Category, Layout, build_plan, count_pairs
+from shared_profiles import Category, Layout, count_pairs
 from torch_blindsight.mixed import mixed_attention
 
 _NAMES = {Category.INTRA_IMAGE: "Intra-Image", Category.SINK: "Sink", Category.INTRA_IMAGE_SINK: "Intra-Image+Sink"}
@@ -80,9 +80,8 @@ def _plan_row(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Row
     """
     q, k, v = inputs[0]
     tiles = choose(q)
-    rows = math.gcd(tiles.block_q, TEMPLATE.local_block)
     begun = time.perf_counter()
-    plan = build_plan(layout, TEMPLATE, tile_rows=rows, max_keys=MAX_KEYS)
+    plan = build_plans([layout], TEMPLATE, block_q=tiles.block_q)[0]
     planned = time.perf_counter()
     work = build_work((plan,), tiles.block_k, place.device)
     place.wait()

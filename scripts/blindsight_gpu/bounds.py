@@ -64,7 +64,8 @@ def pallas(
     from blindsight_kernels.pallas_configurations import configuration
     from blindsight_kernels.pallas_prefill import pallas_attention
     from blindsight_kernels.pallas_requirements import plgpu
-    from blindsight_kernels.pallas_work import build_pallas_work, build_plans
+    from blindsight_kernels.pallas_work import build_pallas_work
+    from blindsight_kernels.plans import build_plans
 
     n = q.shape[2]
     work = build_pallas_work(build_plans(layouts, template), configuration(q.shape[3]).block_k, n_queries=n, n_keys=n)

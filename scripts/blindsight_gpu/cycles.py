@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from blindsight_gpu.prompts import GEMMA, QWEN, TEMPLATE, Shape, make_layout
+from blindsight_kernels.plans import build_plans
 from blindsight_kernels.triton_compile import ELEMENT_SIZES, compile_kernel
 from blindsight_kernels.triton_configurations import Configuration, configuration
-from blindsight_kernels.triton_prefill import MAX_KEYS
 from blindsight_kernels.triton_work import build_work
-from shared_profiles import Category, Layout, build_plan, count_pairs
+from shared_profiles import Category, Layout, count_pairs
 
 # Per streaming multiprocessor (SM) and cycle. FLOPs: 989 TFLOP/s of dense bf16 over 132 SMs at 1.83 GHz. Special
 # functions: CUDA's programming guide, throughput of ex2. L2: about 5.5 TB/s for all SMs, as microbenchmarks report.
@@ -133,9 +133,8 @@ def read_kernel(dim: int, tiles: Configuration) -> Kernel:
 def predict(shape: Shape, layout: Layout, category: Category, tiles: Configuration) -> float:
     """Predicted seconds of one layer whose heads all have one category."""
     kernel = read_kernel(shape.dim, tiles)
-    rows = int(np.gcd(tiles.block_q, TEMPLATE.local_block))
-    plan = build_plan(layout, TEMPLATE, tile_rows=rows, max_keys=MAX_KEYS)
-    table = build_work((plan,), tiles.block_k, torch.device("cpu")).tiles[category].numpy().astype(np.int64)
+    plans = build_plans([layout], TEMPLATE, block_q=tiles.block_q)
+    table = build_work(plans, tiles.block_k, torch.device("cpu")).tiles[category].numpy().astype(np.int64)
     iterations = []
     for start, full, n_full, stop in (table[:, 5:9].T, table[:, 9:13].T):
         before = -(-(full - start) // tiles.block_k)

@@ -38,7 +38,8 @@ from blindsight_gpu.results import Results, Row
 from blindsight_kernels.pallas_configurations import configuration
 from blindsight_kernels.pallas_prefill import pallas_attention
 from blindsight_kernels.pallas_requirements import plgpu
-from blindsight_kernels.pallas_work import build_pallas_work, build_plans
+from blindsight_kernels.pallas_work import build_pallas_work
+from blindsight_kernels.plans import build_plans
 from blindsight_kernels.triton_prefill import triton_attention
 from jax_blindsight.attention import attend
 from jax_blindsight.implementations import Name, build_work

@@ -37,7 +37,8 @@ from blindsight_gpu.cycles import (
 from blindsight_gpu.prompts import GEMMA, QWEN, TEMPLATE, Shape, make_layout
 from blindsight_kernels.pallas_compile import compile_kernel
 from blindsight_kernels.pallas_configurations import HEAD_DIMS, configuration
-from blindsight_kernels.pallas_work import BLOCK_Q, FIELDS, build_pallas_work, build_plans
+from blindsight_kernels.pallas_work import BLOCK_Q, FIELDS, build_pallas_work
+from blindsight_kernels.plans import build_plans
 from blindsight_kernels.triton_compile import read_cubin
 from blindsight_kernels.triton_configurations import configuration as triton_configuration
 from shared_profiles import Category, Layout
