@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--questions", type=int, default=2000, help="per number of images")
     parser.add_argument("--images", type=int, nargs="+", default=[2, 6])
+    parser.add_argument("--first-seed", type=int, default=EVALUATION_SEEDS, help="of the puzzles")
     parser.add_argument("--profile", type=Path, help="default: the one beside the checkpoint, else all heads Dense")
     args = parser.parse_args()
     model, processor = load_backend("torch", args.checkpoint, device="cpu"), load_processor(args.checkpoint)
@@ -148,7 +149,7 @@ def main() -> None:
     found = path.exists() or args.profile is not None
     profile = Profile.load(path) if found else Profile.uniform(Category.DENSE, model.facts.fingerprint)
     for n_images in args.images:
-        row, _, _ = compare(model, processor, profile, make_puzzles(n_images, args.questions, EVALUATION_SEEDS))
+        row, _, _ = compare(model, processor, profile, make_puzzles(n_images, args.questions, args.first_seed))
         print(
             f"{n_images} images, {row.n_questions} questions: dense {row.dense:.2%}, sparse {row.sparse:.2%}, "
             f"agreement {row.agreement:.2%}, KL {row.kl:.5f} nats, kept FLOPs {row.kept_flops:.1%}"
