@@ -20,8 +20,6 @@ from shared_profiles.split import require_held_out
 class HeldOut:
     """Held-out prompts and what the dense model answers; calling it measures a choice of categories.
 
-    Every choice is a program of its own per bucket of prompt lengths, compiled when it is measured.
-
     Args:
         params: weights and configuration.
         profile: whose template the sparse prefills have.
@@ -49,17 +47,26 @@ class HeldOut:
                 self.prompts[prompt_id] = prompt
                 self.n_tokens[prompt_id] = layout.stop - layout.start
         require_held_out(len(self.prompts), len(prompts))
-        self._dense = self._log_probs(params, dense=True)  # [N, V] float32
+        self._dense, _ = self._log_probs(params, dense=True)  # [N, V] float32
 
     def __call__(self, categories: np.ndarray) -> Measured:
-        """Runs every prompt with categories `[L, H]`."""
-        profile = replace(self._profile, categories=categories, curve=())
-        return divergence(self._dense, self._log_probs(replace(self._params, profile=profile), dense=False))
+        """Runs every prompt with categories `[L, H]`.
 
-    def _log_probs(self, params: Params, *, dense: bool) -> np.ndarray:
-        rows = []
+        Raises:
+            RuntimeError: a prefill that should have run sparse did not.
+        """
+        profile = replace(self._profile, categories=categories, curve=())
+        sparse, ran = self._log_probs(replace(self._params, profile=profile), dense=False)
+        if categories.any() and ran != {"sparse"}:
+            raise RuntimeError(f"all {len(self.prompts)} held-out prompts must have run sparse. Got {sorted(ran)}.")
+        return divergence(self._dense, sparse)
+
+    def _log_probs(self, params: Params, *, dense: bool) -> tuple[np.ndarray, set[str]]:
+        """Log-probabilities of the next tokens, `[N, V]` float32, and how the prefills ran."""
+        rows, ran = [], set()
         for prompt in self.prompts.values():
             n = prompt["input_ids"].shape[1]
-            logits = sparse_prefill(params, prompt, capacity=n, dense=dense, impl=self._impl).logits
-            rows.append(np.asarray(jax.nn.log_softmax(logits.astype(np.float32), axis=-1)))
-        return np.concatenate(rows)
+            done = sparse_prefill(params, prompt, capacity=n, dense=dense, impl=self._impl)
+            ran.add(done.how)
+            rows.append(np.asarray(jax.nn.log_softmax(done.logits.astype(np.float32), axis=-1)))
+        return np.concatenate(rows), ran
