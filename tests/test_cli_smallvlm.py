@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from blindsight_cli.loading import load_checkpoint
 from blindsight_cli.smallvlm import train as training
 from blindsight_cli.smallvlm.build import FAMILIES, make_model, make_processor
-from blindsight_cli.smallvlm.curriculum import STAGES, Stage, stage_at
+from blindsight_cli.smallvlm.curriculum import RECIPES, Stage, stage_at
 from blindsight_cli.smallvlm.evaluate import to_inputs
+from blindsight_cli.smallvlm.optimizers import Muon
 from blindsight_cli.smallvlm.packed import SLOT, PackedLayout, PictureBank, make_batch, packed_logits, prepare
 from blindsight_cli.smallvlm.puzzles import KINDS, make_puzzle
 from blindsight_cli.smallvlm.vocabulary import IMAGE_PAD, VOCAB
@@ -82,7 +84,7 @@ def weights(folder):
 def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(family, toy, tmp_path, monkeypatch):
     """Killed after step 3 of 5, with the state of step 2, and resumed: the same weights and record, no state left."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    training.train(whole, family, 5, 0, 1e-3)
+    training.train(whole, family, 5, 0)
     advance = training.Training.advance
 
     def killed(self):
@@ -92,11 +94,11 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(fami
 
     monkeypatch.setattr(training.Training, "advance", killed)
     with pytest.raises(KeyboardInterrupt):
-        training.train(parts, family, 5, 0, 1e-3)
+        training.train(parts, family, 5, 0)
     assert json.loads((parts / "training.json").read_text())["steps"] == 2
     assert weights(parts) != weights(whole)
     monkeypatch.setattr(training.Training, "advance", advance)
-    training.train(parts, family, 5, 0, 1e-3)
+    training.train(parts, family, 5, 0)
     assert weights(parts) == weights(whole)
     assert sorted(p.name for p in parts.iterdir()) == sorted(p.name for p in whole.iterdir())
     assert not (parts / training.STATE).exists()
@@ -108,23 +110,39 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(fami
 
 def test_a_training_is_never_continued_as_another_one(toy, tmp_path, monkeypatch):
     """A folder with the state of other settings, or with a finished training, is left alone."""
-    training.train(tmp_path, "qwen2_vl", 2, 0, 1e-3)
+    training.train(tmp_path, "qwen2_vl", 2, 0)
     before = weights(tmp_path)
     with pytest.raises(ValueError, match="finished training"):
-        training.train(tmp_path, "qwen2_vl", 2, 0, 1e-3)
-    begun = training.Training("qwen2_vl", 4, 0, 1e-3)
+        training.train(tmp_path, "qwen2_vl", 2, 0)
+    begun = training.Training("qwen2_vl", 4, 0)
     begun.advance()
     begun.save(tmp_path / "begun")
     with pytest.raises(ValueError, match="must be the state of this training"):
-        training.train(tmp_path / "begun", "qwen2_vl", 4, 1, 1e-3)
+        training.train(tmp_path / "begun", "qwen2_vl", 4, 1)
     assert weights(tmp_path) == before
 
 
 def test_stages_lead_from_one_picture_to_six():
     """Every family's stages end where the next begins; the last one asks every kind about up to six pictures."""
     for family in FAMILIES:
-        stages = STAGES[family]
+        stages = RECIPES[family].stages
         assert [stage_at(family, step) for step in (0, stages[0].until, 10**6)] == [stages[0], stages[1], stages[-1]]
         assert stages[0].images == (1,)
         assert max(stages[-1].images) == 6
         assert min(stages[-1].weights) > 0
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_muon_steps_like_torch_s(shape):
+    """The same weights as `torch.optim.Muon` after three steps, but for its bfloat16."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(3, *shape)
+    moved = []
+    for make in (Muon, partial(torch.optim.Muon, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = make([weight], lr=0.1)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        moved.append(weight.detach() - start)
+    torch.testing.assert_close(*moved, atol=0.02 * float(moved[1].abs().max()), rtol=0)

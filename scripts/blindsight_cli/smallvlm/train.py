@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from blindsight_cli.smallvlm.build import FAMILIES, make_model, make_processor
-from blindsight_cli.smallvlm.curriculum import stage_at
+from blindsight_cli.smallvlm.curriculum import RECIPES, stage_at
+from blindsight_cli.smallvlm.optimizers import OPTIMIZERS
 from blindsight_cli.smallvlm.packed import PackedLayout, PictureBank, make_batch, packed_logits, prepare
 from blindsight_cli.smallvlm.puzzles import KINDS
 from shared_profiles._atomic import write_atomically
@@ -49,43 +50,48 @@ class Training:
     """A training between two steps.
 
     Attributes:
-        settings: what decides its course: family, number of steps, seed, peak learning rate.
+        settings: what decides its course: family, number of steps, seed, optimizer, peak learning rate.
         step: steps done.
         log: one entry per `LOG_EVERY` steps.
         model: the model.
     """
 
-    def __init__(self, family: str, steps: int, seed: int, peak: float):
-        self.settings: dict[str, Any] = dict(family=family, of=steps, seed=seed, peak_learning_rate=peak)
-        self.family, self.steps, self.peak = FAMILIES[family], steps, peak
+    def __init__(self, family: str, steps: int, seed: int):
+        recipe = RECIPES[family]
+        self.settings: dict[str, Any] = dict(
+            family=family, of=steps, seed=seed, optimizer=recipe.optimizer, peak_learning_rate=recipe.peak
+        )
+        self.family, self.steps = FAMILIES[family], steps
         torch.manual_seed(seed)
         self.rng = np.random.default_rng(seed)
         self.model = make_model(family)
         prepare(self.model)
         compile_layers(self.model)
-        parameters = list(self.model.parameters())
-        decayed, plain = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-        groups = [dict(params=decayed, weight_decay=0.05), dict(params=plain, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
+        self.optimizers = OPTIMIZERS[recipe.optimizer](self.model, recipe.peak)
+        self.peaks = [group["lr"] for group in self._groups()]
         self.bank = PictureBank(VARIANTS, self.rng)
         self.layout = cache(partial(PackedLayout, self.model))
         self.step = 0
         self.log: list[dict[str, Any]] = []
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def advance(self) -> dict[str, Any] | None:
         """Takes one step; returns what it logged, if anything."""
         stage = stage_at(self.settings["family"], self.step)
         layout = self.layout(stage.draw_images(self.rng), stage.questions)
         ids, goal, pixels, drawn = make_batch(self.family, layout, self.bank, stage.weights, stage.prompts, self.rng)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.steps, self.peak)
+        for group, peak in zip(self._groups(), self.peaks, strict=True):
+            group["lr"] = learning_rate(self.step, self.steps, peak)
         logits = packed_logits(self.model, layout, ids, pixels, goal)
         targets = goal[goal != -100]
         loss = F.cross_entropy(logits, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         entry = None
         if self.step % LOG_EVERY == 0:
             right = (logits.argmax(-1) == targets).view(*drawn.shape, 2)[..., 0].numpy()
@@ -114,7 +120,7 @@ class Training:
             step=self.step,
             log=self.log,
             model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
             numpy_rng=self.rng.bit_generator.state,
             torch_rng=torch.get_rng_state(),
         )
@@ -135,12 +141,13 @@ class Training:
             )
         self.step, self.log = state["step"], state["log"]
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, known in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(known)
         self.rng.bit_generator.state = state["numpy_rng"]
         torch.set_rng_state(state["torch_rng"])
 
 
-def train(out: Path, family: str, steps: int, seed: int, peak: float) -> None:
+def train(out: Path, family: str, steps: int, seed: int) -> None:
     """Trains for `steps` steps, going on from a state in `out`; writes the checkpoint, processor and record into it.
 
     Raises:
@@ -148,7 +155,7 @@ def train(out: Path, family: str, steps: int, seed: int, peak: float) -> None:
     """
     if (out / RECORD).exists() and not (out / STATE).exists():
         raise ValueError(f"{out} holds a finished training. Choose another folder, or remove this one.")
-    training = Training(family, steps, seed, peak)
+    training = Training(family, steps, seed)
     if (out / STATE).exists():
         training.restore(out / STATE)
     start = time.perf_counter()
@@ -165,11 +172,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--family", choices=tuple(FAMILIES), default="qwen2_5_vl")
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, help="default: what the family's recipe says")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--peak", type=float, default=1.5e-3, help="peak learning rate")
     args = parser.parse_args()
-    train(args.out, args.family, args.steps, args.seed, args.peak)
+    train(args.out, args.family, args.steps or RECIPES[args.family].steps, args.seed)
 
 
 if __name__ == "__main__":
