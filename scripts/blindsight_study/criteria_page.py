@@ -1,0 +1,139 @@
+"""The comparison of criteria as a page and a plot, for all models that were studied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blindsight_study.page import points, table
+from shared_profiles._atomic import write_atomically
+
+
+def write_page(studies: Mapping[str, dict[str, Any]], path: Path, plot: str) -> None:
+    """Writes the tables in Markdown; `plot` is where the plot lies from there."""
+    lines = [
+        "# Criteria compared",
+        "",
+        "Made by `scripts/compare_criteria.py`. Intervals are 95%, of paired differences.",
+    ]
+    lines += ["", f"![Divergence and accuracy over the pairs kept]({plot})"]
+    for name, study in studies.items():
+        lines += ["", f"# {name}", "", study["about"], *_criteria(study), *_target(study), *_stability(study)]
+        lines += [*_transfer(study), *_knobs(study)]
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def _criteria(study: dict[str, Any]) -> list[str]:
+    rows = [
+        (r["criterion"], *_shares(r), r["dense_heads"], f"{r['kl']:.5f}", points(r), f"{r['agreement']:.2%}")
+        for r in study.get("criteria", ())
+    ]
+    head = (
+        "criterion",
+        "pairs kept",
+        "inter-image kept",
+        "dense heads",
+        "KL (nats)",
+        "accuracy: points",
+        "same answer",
+    )
+    return ["", "## Pairs kept against divergence and accuracy", "", *table(head, rows)]
+
+
+def _target(study: dict[str, Any]) -> list[str]:
+    rows = [
+        (
+            f"{r['held_out']['kl']:.5f}" + (", chosen" if r["chosen"] else ""),
+            *_shares(r),
+            f"{r['kl']:.5f}",
+            f"{r['dense']:.2%}",
+            points(r),
+            f"{r['lost']} / {r['won']} of {r['questions']:,}",
+        )
+        for r in study.get("target", ())
+    ]
+    head = ("held-out KL", "pairs kept", "inter-image kept", "KL (nats)", "dense", "accuracy: points", "lost / won of")
+    return ["", "## The budget's own choice, six images", "", *table(head, rows)]
+
+
+def _stability(study: dict[str, Any]) -> list[str]:
+    stable = study.get("stability")
+    if stable is None:
+        return []
+    drawn = "; ".join(
+        f"{n} prompts drawn with replacement: {x['heads_the_same']:.1%} on average, {x['least']:.1%} at least"
+        for n, x in stable["bootstrap"].items()
+    )
+    halves = " and ".join(f"{x['kl']:.5f}" for x in stable["halves"])
+    return [
+        "",
+        "## Stability",
+        "",
+        f"At {stable['kept']:.1%} of the pairs, heads that get the category that all prompts give them: {drawn}. Two "
+        f"disjoint halves agree on {stable['halves_the_same']:.1%} of the heads; their KL is {halves} nats, that of "
+        f"all prompts {stable['whole']['kl']:.5f}.",
+    ]
+
+
+def _transfer(study: dict[str, Any]) -> list[str]:
+    rows = [
+        (r["from"], r["prompts"], r["on"], f"{r['kl']:.5f}", f"{r['dense']:.1%}", points(r))
+        for r in study.get("transfer", ())
+    ]
+    head = ("calibrated on", "prompts", "asked", "KL (nats)", "dense", "accuracy: points")
+    return ["", "## Transfer", "", *table(head, rows)]
+
+
+def _knobs(study: dict[str, Any]) -> list[str]:
+    rows = [
+        (r["knob"], *_shares(r), r["dense_heads"], f"{r['kl']:.5f}", points(r))
+        if "kl" in r
+        else (r["knob"], "100%", "100%", r["dense_heads"], "0", "0")
+        for r in study.get("knobs", ())
+    ]
+    head = ("thresholds", "pairs kept", "inter-image kept", "dense heads", "KL (nats)", "accuracy: points")
+    return ["", "## The thresholds, one moved at a time", "", *table(head, rows)]
+
+
+def _shares(row: dict[str, Any]) -> tuple[str, str]:
+    return f"{row['kept']:.1%}", f"{row['inter_kept']:.1%}"
+
+
+def draw(studies: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """Divergence and accuracy over the pairs kept, a row per model, a line per criterion."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "criteria"
+    from matplotlib import pyplot
+
+    some = {name: study["criteria"] for name, study in studies.items() if study.get("criteria")}
+    if not some:
+        return
+    figure, grid = pyplot.subplots(
+        len(some), 2, figsize=(10, 3.2 * len(some)), constrained_layout=True, squeeze=False, sharex=True
+    )
+    for axes, (name, rows) in zip(grid, some.items(), strict=True):
+        _lines(axes, rows)
+        axes[0].set_yscale("log")
+        axes[0].set_ylabel("KL of the next token (nats)")
+        axes[1].set_ylabel("accuracy, sparse minus dense (points)")
+        axes[0].set_title(name, loc="left", fontsize=10)
+        for axis in axes:
+            axis.grid(alpha=0.3)
+    for axis in grid[-1]:
+        axis.set_xlabel("inter-image query-key pairs kept (%)")
+    grid[0, 0].legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _lines(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    for name in dict.fromkeys(row["criterion"] for row in rows):
+        mine = [row for row in rows if row["criterion"] == name]
+        random = name.startswith("random")
+        style: dict[str, Any] = dict(color="#999999", linewidth=0.8) if random else dict(linewidth=1.6)
+        label = None if random and name != "random 0" else name.removesuffix(" 0")
+        for axis, key, scale in zip(axes, ("kl", "difference"), (1, 100), strict=True):
+            x, y = [100 * row["inter_kept"] for row in mine], [scale * row[key] for row in mine]
+            axis.plot(x, y, "o-", ms=3, label=label, **style)

@@ -1,0 +1,118 @@
+"""A small model, the statistics it was calibrated with, and what a choice of categories does to its answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blindsight_cli.backends import Backend, load_backend
+from blindsight_cli.held_out import HeldOut
+from blindsight_cli.loading import load_processor
+from blindsight_cli.smallvlm import evaluate
+from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle, make_puzzle
+from blindsight_study.page import paired
+from shared_profiles import Category, SinkTemplate, count_model_pairs
+from shared_profiles._atomic import write_atomically
+from shared_profiles.budget import Budget, divergence
+from shared_profiles.profile import Profile
+from shared_profiles.profile_parts import heads_of
+from shared_profiles.provenance import prompt_digest
+from shared_profiles.statistics import Statistics
+from shared_profiles.summary import Summary
+
+# Images have about 16 tokens: local blocks as wide as an image, and the delimiters as sinks.
+TEMPLATE = SinkTemplate(from_start=(0,), from_end=(1,), local_block=128)
+BATCH, IMAGES, BUDGET = 32, (2, 3, 4, 5, 6), 0.0015
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions of one sort, and what the dense model answers."""
+
+    puzzles: list[Puzzle]
+    held: HeldOut
+    expected: np.ndarray  # [N] token ids
+    layouts: list[Any]
+
+
+class Study:
+    """One model's calibration and the measurements so far.
+
+    Args:
+        checkpoint: the model's folder.
+        n_prompts: prompts to calibrate on, held-out ones included.
+        state: file of their statistics. Beside it lie the profile they gave, as `.json`, and what was measured, as
+            `.measured.json`: what is there is not done again.
+    """
+
+    def __init__(self, checkpoint: Path, n_prompts: int, state: Path) -> None:
+        self.model: Backend = load_backend("torch", checkpoint)
+        self.processor = load_processor(checkpoint)
+        self._file = state.with_suffix(".measured.json")
+        self._measured: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        first = evaluate.CALIBRATION_SEEDS
+        puzzles = [make_puzzle(IMAGES[i % 5], first + i, KINDS[i % len(KINDS)]) for i in range(n_prompts)]
+        prompts = [evaluate.to_inputs(self.processor, [puzzle]) for puzzle in puzzles]
+        dataset = f"synthetic puzzles {first}..{first + n_prompts - 1}"
+        made = state.with_suffix(".json")
+        if not made.exists():
+            budget = Budget(BUDGET)
+            self.model.calibrate(prompts, dataset=dataset, template=TEMPLATE, budget=budget, state=state).save(made)
+        self.profile = Profile.load(made)
+        self.statistics = Statistics.load(state)
+        ids = [prompt_digest({name: x.numpy() for name, x in prompt.items()}) for prompt in prompts]
+        self._puzzle_of = dict(zip(ids, puzzles, strict=True))
+
+    def subset(self, ids: Sequence[str]) -> Summary:
+        """The statistics of some of the prompts."""
+        with_ids = Statistics(
+            self.statistics.n_layers,
+            self.statistics.n_heads,
+            origin=self.statistics.origin,
+            rankings=self.statistics.rankings,
+        )
+        for i, prompt_id in enumerate(ids):  # one drawn twice counts twice
+            with_ids.add(f"{prompt_id}-{i}", self.statistics[prompt_id])
+        return with_ids.summarize()
+
+    def chosen(self, wanted: Callable[[Puzzle], bool]) -> list[str]:
+        """The calibration prompts whose puzzles are wanted."""
+        return [i for i in self.statistics.prompt_ids if wanted(self._puzzle_of[i])]
+
+    def ask(self, puzzles: list[Puzzle], side: int | None = None) -> Asked:
+        """Asks questions densely; `side` pixels of a picture instead of the processor's own size."""
+        size = self.processor.image_processor.size
+        if side is not None:
+            self.processor.image_processor.size = {"shortest_edge": side * side, "longest_edge": side * side}
+        batches = [evaluate.to_inputs(self.processor, puzzles[i : i + BATCH]) for i in range(0, len(puzzles), BATCH)]
+        self.processor.image_processor.size = size
+        words = [puzzle.question.answer for puzzle in puzzles]
+        expected = np.array(self.processor.tokenizer.convert_tokens_to_ids(words))
+        layouts = self.model.facts.layouts(batches[0])
+        return Asked(puzzles, HeldOut(self.model, self.profile, batches), expected, layouts)
+
+    def measure(self, name: str, asked: Asked, categories: np.ndarray) -> dict[str, Any]:
+        """The figures of one choice on the questions called `name`, measured now unless they are known."""
+        key = f"{name} {len(asked.puzzles)} {'/'.join(heads_of(categories))}"
+        if key not in self._measured:
+            sparse = asked.held.log_probs(categories)
+            counts = [
+                [count_model_pairs(x, c, TEMPLATE, windows=self.model.facts.windows) for x in asked.layouts]
+                for c in (categories, np.zeros_like(categories))
+            ]
+            inter, total = ([sum(getattr(p, k) for p in some) for some in counts] for k in ("inter", "total"))
+            self._measured[key] = {
+                "kept": total[0] / total[1],
+                "inter_kept": inter[0] / inter[1],
+                "kl": max(float(divergence(asked.held.dense, sparse).kl.mean()), 0.0),
+                "agreement": float((sparse.argmax(-1) == asked.held.dense.argmax(-1)).mean()),
+                **paired(*(x.argmax(-1) == asked.expected for x in (sparse, asked.held.dense))),
+                "dense_heads": int((categories == Category.DENSE).sum()),
+            }
+            write_atomically(self._file, json.dumps(self._measured).encode())
+        return dict(self._measured[key])
