@@ -39,6 +39,8 @@ class Layout:
         bidirectional: whether an image's tokens look at later tokens of the same image.
         unfinished: the last image goes on beyond the sequence, as in a chunk of a prompt; which of its tokens are
             sinks counted from its end is not known yet.
+        whole, kept: of a pruned prompt (`keep`), the layout before, and the positions in it of the tokens that are
+            left: `[N]` int64, ascending. None for a prompt with all its tokens.
 
     Raises:
         ValueError: images out of order, overlapping, empty, or outside `[start, stop)`.
@@ -50,6 +52,8 @@ class Layout:
     images: np.ndarray
     bidirectional: bool = False
     unfinished: bool = False
+    whole: Layout | None = None
+    kept: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop <= self.n_tokens:
@@ -76,7 +80,8 @@ class Layout:
     @cached_property
     def key(self) -> tuple:
         """A hashable value equal for equal layouts."""
-        return self.n_tokens, self.start, self.stop, self.bidirectional, self.unfinished, self.images.tobytes()
+        pruned = None if self.whole is None or self.kept is None else (self.whole.key, self.kept.tobytes())
+        return self.n_tokens, self.start, self.stop, self.bidirectional, self.unfinished, self.images.tobytes(), pruned
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and self.key == other.key
@@ -94,15 +99,68 @@ class Layout:
         """Positions that query like text, i.e. text and delimiters: `[n]` int64, ascending."""
         return concatenated_ranges(np.r_[self.start, self.images[:, 2]], np.r_[self.images[:, 1], self.stop])
 
+    @property
+    def offset_origins(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where a template's offsets count from, at both ends of every image: `[n_images]` int64 each.
+
+        The image's ends; one further out where it has no delimiter there, as in the midst of a video, so that an
+        offset means the same token of a picture with and without.
+        """
+        begin, first, last, end = self.images.T
+        return begin - (begin == first), end + (end == last)
+
     def sinks(self, template: SinkTemplate) -> np.ndarray:
         """Positions of the sink tokens of all images, delimiters included: `[n_sinks]` int64, ascending."""
+        if self.whole is not None and self.kept is not None:
+            left = np.flatnonzero(np.isin(self.kept, self.whole.sinks(template), assume_unique=True))
+            return np.setdiff1d(left, self.text, assume_unique=True)
         begin, first, last, end = self.images.T
-        from_start = begin[:, None] + np.array(template.from_start, dtype=np.int64)
-        from_end = end[:, None] - np.array(template.from_end, dtype=np.int64)
-        is_sink = from_end >= begin[:, None]
-        is_sink[len(is_sink) - self.unfinished :] = False
-        inside = np.concatenate([from_start[from_start < end[:, None]], from_end[is_sink]])
+        zero, limit = (x[:, None] for x in self.offset_origins)
+        from_start = zero + np.array(template.from_start, dtype=np.int64)
+        from_end = limit - np.array(template.from_end, dtype=np.int64)
+        is_start, is_end = ((x >= begin[:, None]) & (x < end[:, None]) for x in (from_start, from_end))
+        is_end[len(is_end) - self.unfinished :] = False
+        inside = np.concatenate([from_start[is_start], from_end[is_end]])
         return np.unique(np.concatenate([inside, concatenated_ranges(begin, first), concatenated_ranges(last, end)]))
+
+    def keep(self, indices: Sequence[int] | np.ndarray) -> Layout:
+        """The layout of what is left of a prompt that is pruned to some of its tokens.
+
+            before    a  <s> .  .  .  .  <e> b  <s> .  .  <e> c      keep([0, 1, 3, 5, 6, 7, 8, 12])
+            sinks         S  S        S  S      S  S  S  S           of the template (0, 1), (1, 2)
+            after     a  <s>    .     .  <e> b  <s>           c
+            sinks         S           S  S                           the second <s> is text now
+
+        A token stays what it was. Images shrink; one that loses all its tokens is no image any more, and what is left
+        of its delimiters is text. A delimiter may go while its image stays. Sinks are those of the whole
+        prompt that are left: no token becomes one in the place of another. What is counted in tokens, the local
+        blocks of `Category.SINK` and sliding windows, is from here on counted in kept tokens.
+
+        Args:
+            indices: `[n]` positions to keep, ascending. All of them give an equal layout, and `keep(a).keep(b)` is
+                `keep(a[b])`.
+
+        Raises:
+            ValueError: no positions, not ascending, or outside the sequence.
+        """
+        kept = np.asarray(indices)
+        integers = kept.ndim == 1 and len(kept) > 0 and kept.dtype.kind in "iu"
+        if not (integers and kept[0] >= 0 and kept[-1] < self.n_tokens and (kept[1:] > kept[:-1]).all()):
+            raise ValueError(
+                f"indices must be at least one position of [0, {self.n_tokens}), ascending, each once. "
+                f"Got {indices!r}. Of a mask, take np.flatnonzero(mask)."
+            )
+        kept = kept.astype(np.int64)
+        if self.whole is not None and self.kept is not None:
+            return self.whole.keep(self.kept[kept])
+        if len(kept) == self.n_tokens:
+            return self
+        kept.setflags(write=False)
+        start, stop = np.searchsorted(kept, (self.start, self.stop)).tolist()
+        images = np.searchsorted(kept, self.images)
+        seen = images[:, 1] < images[:, 2]
+        unfinished = self.unfinished and bool(seen[-1])
+        return Layout(len(kept), start, stop, images[seen], self.bidirectional, unfinished, self, kept)
 
     @classmethod
     def from_ids(

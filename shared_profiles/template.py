@@ -14,6 +14,12 @@ class SinkTemplate:
         <start>  t0  t1  t2  ...  t8  t9  <end>
            S     S                    S     S        delimiters are sinks in every template
 
+    Offsets name the same tokens of a picture that has no delimiter, as a frame in the midst of a video: there `(0, 1)`
+    and `(1, 2)` leave its first and its last token::
+
+        t0  t1  t2  ...  t8  t9
+        S                     S
+
     Attributes:
         from_start: offsets from the image's first position, its start delimiter included (0 is the delimiter).
         from_end: offsets back from one past its last position, its end delimiter included (1 is the delimiter).

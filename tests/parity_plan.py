@@ -142,8 +142,8 @@ def read_xla(work: AttentionWork, category: Category, shape: tuple[int, int], wi
         tiles = [
             (np.arange(*t[:2]), *t[2:]) for t in work.tiles[b, category, : work.n_tiles[b, category]].astype(np.int64)
         ]
-        for first, stop, lo, hi in work.gathered[b, : work.n_gathered[b, category]].astype(np.int64):
-            tiles.append((work.gathered_rows[b, first:stop], lo, hi, 0, 0, 0))
+        for first, stop, *limits in work.gathered[b, : work.n_gathered[b, category]].astype(np.int64):
+            tiles.append((work.gathered_rows[b, first:stop], *limits))
         for rows, lo, hi, open_to, p_start, p_stop in tiles:
             at, row = rows - q_start, rows[:, None]
             recent = keys > row - (window or NO_WINDOW)

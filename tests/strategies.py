@@ -28,6 +28,14 @@ def layouts(
     return Layout(n_tokens, start, stop, np.array(rows, dtype=np.int64).reshape(-1, 4), both_ways)
 
 
+@st.composite
+def pruned_layouts(draw) -> Layout:
+    """What is left of such a prompt after some of its tokens are dropped, wherever they stood."""
+    whole = draw(layouts().filter(lambda layout: layout.n_tokens))
+    dropped = draw(st.sets(st.integers(0, whole.n_tokens - 1), max_size=whole.n_tokens - 1))
+    return whole.keep(np.setdiff1d(np.arange(whole.n_tokens), list(dropped)))
+
+
 templates = st.builds(
     SinkTemplate,
     from_start=st.sets(st.integers(0, 9), max_size=3).map(lambda s: tuple(sorted(s))),

@@ -23,6 +23,7 @@ LAYERS = {
     "jax_blindsight": 2,
     "blindsight_cli": 3,
     "blindsight_gpu": 3,
+    "blindsight_study": 4,  # over the command
 }
 LOWERINGS = ("reference", "portable", "triton", "pallas")  # first word of a module's name in blindsight_kernels
 NOT_PACKAGES = ("kernels", "scripts", "tests")  # folders that resolve as namespace packages from the repository root
@@ -129,7 +130,7 @@ PLANTED = {
 def plant(root: Path, file: str, code: str) -> None:
     """Writes a tree of empty packages with one module in it."""
     for name, layer in LAYERS.items():
-        source = {1: "kernels", 3: "scripts"}.get(layer, ".")
+        source = {1: "kernels", 3: "scripts", 4: "scripts"}.get(layer, ".")
         (root / source / name).mkdir(parents=True)
         (root / source / name / "__init__.py").touch()
     (root / file).parent.mkdir(exist_ok=True)

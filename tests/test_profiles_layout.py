@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_profiles import FAMILIES, Layout, SinkTemplate, SpecialTokens, family_of
+from shared_profiles import FAMILIES, Category, Layout, SinkTemplate, SpecialTokens, category_mask, family_of
+from strategies import pruned_layouts, templates
 
 START, END, IMAGE, VIDEO, PAD = 3, 4, 5, 6, 0
 SPECIAL = SpecialTokens(START, END, IMAGE, VIDEO)
@@ -90,6 +91,14 @@ def test_frame_groups_share_the_delimiters_of_their_video():
     ids = [10, START, *[VIDEO] * 6, END, START, *[IMAGE] * 2, END, START, *[VIDEO] * 2, END]
     layout = Layout.from_ids(ids, SPECIAL, frames=[3, 1])
     assert layout.images.tolist() == [[1, 2, 4, 4], [4, 4, 6, 6], [6, 6, 8, 9], [9, 10, 12, 13], [13, 14, 16, 17]]
+
+
+def test_offsets_of_sinks_skip_the_delimiters_that_a_frame_lacks():
+    """The drawing of `SinkTemplate`: an offset is the same token of a picture with and without delimiters."""
+    layout = Layout.from_ids([10, START, *[VIDEO] * 15, END], SPECIAL, frames=[3])  # frames at 2, 7 and 12
+    assert layout.sinks(SinkTemplate((0,), (1,))).tolist() == [1, 17]
+    assert layout.sinks(SinkTemplate((0, 1), (1, 2))).tolist() == [1, 2, 6, 7, 11, 12, 16, 17]
+    assert layout.sinks(SinkTemplate((2, 9), (3,))).tolist() == [1, 3, 5, 8, 10, 13, 15, 17]
 
 
 def test_crops_of_one_picture_are_images_of_their_own():
@@ -189,6 +198,53 @@ def test_a_layout_cannot_be_changed():
     assert layout.images.tolist() == [[0, 1, 3, 4]]
     with pytest.raises(ValueError, match="read-only"):
         layout.images[0, 0] = 1
+
+
+@given(pruned_layouts(), templates, st.data())
+def test_a_pruned_prompt_is_masked_as_in_the_whole(pruned, template, data):
+    """Rows and columns that are left are as they were; delimiters of an image that is gone are text."""
+    whole, kept = pruned.whole or pruned, np.arange(pruned.n_tokens) if pruned.kept is None else pruned.kept
+    orphans = np.isin(kept, whole.text, invert=True) & np.isin(np.arange(len(kept)), pruned.text)
+    for category in (Category.DENSE, Category.INTRA_IMAGE, Category.INTRA_IMAGE_SINK):
+        want = category_mask(whole, category, template)[np.ix_(kept, kept)]
+        want[:, orphans] |= category_mask(whole, Category.DENSE, template)[np.ix_(kept, kept[orphans])]
+        np.testing.assert_array_equal(category_mask(pruned, category, template), want)
+    sinks = np.setdiff1d(whole.sinks(template), kept[orphans])
+    assert kept[pruned.sinks(template)].tolist() == np.intersect1d(kept, sinks).tolist()
+    again = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=len(kept), max_size=len(kept))))
+    if len(again):
+        assert pruned.keep(again) == whole.keep(kept[again])
+        assert (pruned.keep(again) == pruned) == (len(again) == len(kept))
+
+
+def test_the_drawing_of_a_pruned_prompt():
+    ids = [10, START, *[IMAGE] * 4, END, 11, START, *[IMAGE] * 2, END, 12]
+    layout, template = Layout.from_ids(ids, SPECIAL), SinkTemplate((0, 1), (1, 2))
+    assert layout.sinks(template).tolist() == [1, 2, 5, 6, 8, 9, 10, 11]
+    kept = layout.keep([0, 1, 3, 5, 6, 7, 8, 12])
+    assert (kept.n_tokens, kept.start, kept.stop) == (8, 0, 8)
+    assert kept.images.tolist() == [[1, 2, 4, 5]]
+    assert kept.text.tolist() == [0, 5, 6, 7]
+    assert kept.sinks(template).tolist() == [1, 3, 4]
+    assert kept != Layout(8, 0, 8, kept.images), "other tokens would be its sinks"
+    assert layout.keep(np.arange(13)) is layout
+    assert layout.keep([2, 4, 12]).images.tolist() == [[0, 0, 2, 2]], "an image without delimiters"
+
+
+def test_padding_and_an_unfinished_image_of_a_pruned_prompt():
+    cut = Layout.from_ids([PAD, 10, START, *[IMAGE] * 3], SPECIAL, valid=[0, 1, 1, 1, 1, 1], unfinished=True)
+    kept = cut.keep([0, 1, 4, 5])
+    assert (kept.start, kept.stop, kept.unfinished) == (1, 4, True)
+    assert kept.sinks(SinkTemplate((2,), (1,))).tolist() == [2], "no sink is counted from an end that is not there yet"
+    assert not cut.keep([0, 1, 2]).unfinished
+    assert (cut.keep([0]).start, cut.keep([0]).stop) == (1, 1)
+
+
+def test_refuses_to_keep_what_are_no_positions():
+    layout = Layout(5, 0, 5, as_rows([(0, 1, 3, 4)]))
+    for wrong in ([], [1, 1], [2, 1], [-1, 2], [3, 5], [[0, 1]], [True, False], [0.0, 1.0], np.uint8([2, 1])):
+        with pytest.raises(ValueError, match=r"at least one position of \[0, 5\), ascending, each once. Got"):
+            layout.keep(wrong)
 
 
 QWEN = {"vision_start_token_id": 1, "vision_end_token_id": 2, "image_token_id": 3, "video_token_id": 4}

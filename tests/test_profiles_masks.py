@@ -159,7 +159,8 @@ def may_look(layout: Layout, category: Category, template: SinkTemplate, window:
     if not own or category is Category.DENSE or not held:
         return True  # text and delimiters look everywhere, everything looks at text
     begin, first, last, end = held[0]
-    is_sink = k < first or k >= last or k - begin in template.from_start or end - k in template.from_end
+    from_start, from_end = k - min(begin, first - 1), max(end, last + 1) - k  # as if it had its delimiters
+    is_sink = k < first or k >= last or from_start in template.from_start or from_end in template.from_end
     if category is Category.SINK:
         block = (p - own[0][1]) // template.local_block * template.local_block + own[0][1]
         in_block = held == own and block <= k < block + template.local_block

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared_profiles import Category, Layout, SinkTemplate, build_plan, category_mask, count_pairs
-from strategies import chunks, layouts, templates, windows
+from strategies import chunks, layouts, pruned_layouts, templates, windows
 
 
 def expand(plan, category: Category) -> np.ndarray:
@@ -37,7 +37,7 @@ def expand(plan, category: Category) -> np.ndarray:
 
 
 @settings(max_examples=1500, deadline=None)
-@given(st.data(), layouts(), templates, windows)
+@given(st.data(), layouts() | pruned_layouts(), templates, windows)
 def test_the_plan_is_the_definition(data, layout, template, window):
     q_start, q_stop = data.draw(chunks(layout))
     tile_rows = data.draw(st.sampled_from([d for d in (1, 2, 4, 8, 12) if template.local_block % d == 0]))
@@ -51,7 +51,7 @@ def test_the_plan_is_the_definition(data, layout, template, window):
 
 
 @settings(max_examples=300, deadline=None)
-@given(layouts(), templates, windows)
+@given(layouts() | pruned_layouts(), templates, windows)
 def test_tiles_are_well_formed(layout, template, window):
     plan = build_plan(layout, template, tile_rows=8, window=window, max_keys=16)
     assert (plan.n_rows >= 1).all() and (plan.n_rows <= 8).all()
@@ -70,7 +70,7 @@ def test_tiles_are_well_formed(layout, template, window):
 
 
 @settings(max_examples=400, deadline=None)
-@given(layouts(), templates, windows)
+@given(layouts() | pruned_layouts(), templates, windows)
 def test_accounting_counts_the_mask(layout, template, window):
     is_text = np.isin(np.arange(layout.n_tokens), layout.text)
     for category in Category:

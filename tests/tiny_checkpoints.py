@@ -32,7 +32,7 @@ def save_checkpoint(folder: Path, family: str = "qwen2_5_vl", seed: int = 0) -> 
         torch.manual_seed(seed)
         model, processor = build.make_model(), build.make_processor()
     else:
-        model, processor = tiny_models.make_model(family, seed), _processor(family)
+        model, processor = tiny_models.make_model(family, seed), make_processor(family)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
@@ -52,7 +52,7 @@ def save_prompts(folder: Path, images: tuple[int, ...] = (2, 3, 1, 4)) -> Path:
     return path
 
 
-def _processor(family: str) -> Any:
+def make_processor(family: str) -> Any:
     """A word-level tokenizer and the family's own picture processing."""
     words = (*_SPECIAL, "<unk>", *["what", "color", "shape", "is", "image", "the", "same", "?", "1", "2", "3", "4"])
     words += tuple(f"w{i}" for i in range(_VOCABULARY - len(words)))

@@ -4,5 +4,17 @@ from torch_blindsight.calibration import calibrate
 from torch_blindsight.models import fingerprint
 from torch_blindsight.patching import Handle, patch
 from torch_blindsight.portable import portable_attention
+from torch_blindsight.pruners import DivPrune, FastV
+from torch_blindsight.pruning import Pruner, Seen
 
-__all__ = ["Handle", "calibrate", "fingerprint", "patch", "portable_attention"]
+__all__ = [
+    "DivPrune",
+    "FastV",
+    "Handle",
+    "Pruner",
+    "Seen",
+    "calibrate",
+    "fingerprint",
+    "patch",
+    "portable_attention",
+]

@@ -62,10 +62,7 @@ class SparseMode:
         """Sparse rows sparsely; rows with fewer than two images densely, as if they had come alone."""
 
         def run(layouts: list[Layout], q: Tensor, k: Tensor, v: Tensor, categories: np.ndarray) -> Tensor:
-            attend, template = self.implementation.attend, self.profile.template
-            return attend(q, k, v, layouts, categories, template, scale=scale, window=window, q_start=prefill.q_start)[
-                0
-            ]
+            return self._run(layouts, q, k, v, categories, scale, window, prefill.q_start)
 
         categories, layouts = self.profile.categories[layer], prefill.layouts
         lone = [layout.n_images < 2 for layout in layouts]
@@ -76,3 +73,25 @@ class SparseMode:
             rows = [b for b, is_lone in enumerate(lone) if is_lone is kind]
             out[rows] = run([layouts[b] for b in rows], q[rows], k[rows], v[rows], heads)
         return out
+
+    def attend_dense(
+        self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Every head densely, by the same implementation."""
+        heads = np.full_like(self.profile.categories[layer], Category.DENSE)
+        return self._run(prefill.layouts, q, k, v, heads, scale, window, prefill.q_start)
+
+    def _run(
+        self,
+        layouts: list[Layout],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        categories: np.ndarray,
+        scale: float,
+        window: int | None,
+        q_start: int,
+    ) -> Tensor:
+        """One layer's attention of some rows: `[B, T, H, D]`."""
+        attend, template = self.implementation.attend, self.profile.template
+        return attend(q, k, v, layouts, categories, template, scale=scale, window=window, q_start=q_start)[0]

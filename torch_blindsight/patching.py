@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from shared_profiles import Category, SinkTemplate
@@ -27,7 +28,8 @@ from torch_blindsight.freeze import Freezer
 from torch_blindsight.implementations import Implementation, Name, implementation
 from torch_blindsight.models import ModelInfo, fingerprint, inspect_model
 from torch_blindsight.modes import Mode, SparseMode
-from torch_blindsight.prompts import Dense, TokenHistory, read_layouts, worth_it
+from torch_blindsight.prompts import Chunk, Dense, TokenHistory, read_layouts, worth_it
+from torch_blindsight.pruning import REFUSAL, PrunedPrefill, Pruner, Pruning
 
 logger = logging.getLogger("torch_blindsight")
 
@@ -42,12 +44,22 @@ class Handle:
         info: its attention-relevant facts.
         mode: how the next prefill is computed.
         implementation: what computes its attention.
+        kept: positions that the latest pruned prompt went on with, None before the first.
     """
 
-    def __init__(self, model: nn.Module, info: ModelInfo, mode: Mode, implementation: Implementation) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        info: ModelInfo,
+        mode: Mode,
+        implementation: Implementation,
+        pruner: Pruner | None = None,
+    ) -> None:
         self.model: Any = model  # nn.Module does not know transformers' methods
         self.info, self.mode, self.implementation = info, mode, implementation
         self.asked: tuple | None = None
+        self.kept: np.ndarray | None = None
+        self._pruning = None if pruner is None else Pruning(model, info, pruner)
         self._history = TokenHistory()
         self._counts: Counter[str] = Counter()
         self._signature = inspect.signature(model.forward)
@@ -79,6 +91,7 @@ class Handle:
         self._hooks = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            *(self._pruning.hooks() if self._pruning is not None else ()),
         ]
         setattr(self.model, HANDLE, self)
         taken = [m.config._attn_implementation == NAME for m in self.info.attentions]
@@ -112,7 +125,7 @@ class Handle:
         Returns:
             `state`: "sparse", "measuring" or "unpatched"; `impl`: what computes prefills; `categories`: per layer,
             heads of each category, None while measuring; `forwards`: how many ran `"sparse"`, `"measured"`, or
-            `"dense: <reason>"`.
+            `"dense: <reason>"`; `", pruned"` follows where a pruner dropped tokens.
         """
         patched = getattr(self.model, HANDLE, None) is self
         categories = None
@@ -125,25 +138,38 @@ class Handle:
             "forwards": dict(self._counts),
         }
 
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {}) | arguments.pop("lm_kwargs", {})
         self._refuse(arguments)
         ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         self._pending = None if ids is None else (ids, past, arguments)
-        prefill, how = None, "sparse"
+        must_prune = self._pruning is not None and self._pruning.must_prune(arguments, module.training)
+        prefill = None
         try:
-            if module.training:
-                raise Dense("training mode")
-            layouts, q_start = read_layouts(arguments, self.info.family, self.info.special, self._history)
-            worth_it(layouts, q_start)
-            how, attend = self.mode.prefill(layouts, q_start, arguments)
-            prefill = Prefill(layouts, q_start, attend, how == "sparse" and self.implementation.differentiable)
+            how, prefill = self._prefill(arguments, module.training)
         except Dense as reason:
+            if must_prune:
+                raise ValueError(REFUSAL.format(reason)) from None
             how = f"dense: {reason}"
         self._counts[how] += 1
         announce(prefill)
+        position = None if self._pruning is None else self._pruning.next_position(cache)
+        if position is not None and arguments.get("position_ids") is None:
+            return args, kwargs | {"position_ids": position}
+        return None
+
+    def _prefill(self, arguments: dict[str, Any], training: bool) -> tuple[str, Prefill]:
+        """What to count a forward as, and how it is computed; raises `Dense` where by transformers' own SDPA."""
+        if training:
+            raise Dense("training mode")
+        layouts, q_start = read_layouts(arguments, self.info.family, self.info.special, self._history)
+        if self._pruning is not None and isinstance(self.mode, SparseMode) and layouts[0].n_images:
+            return self._pruning.prefill(layouts[0], self.mode, arguments)
+        worth_it(layouts, q_start)
+        how, attend = self.mode.prefill(layouts, q_start, arguments)
+        return how, Prefill(layouts, q_start, attend, how == "sparse" and self.implementation.differentiable)
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         prefill = current_prefill.get()
@@ -160,8 +186,11 @@ class Handle:
                 )
             self.mode = self.mode.after()
         cache = getattr(output, "past_key_values", None)
-        if pending is not None and cache is not None:
-            self._history.record(cache, pending[1], pending[0])
+        if self._pruning is not None and isinstance(prefill, PrunedPrefill):
+            self._pruning.after(prefill, cache)
+            self.kept = prefill.kept
+        elif pending is not None and cache is not None:
+            self._history.record(cache, pending[1], Chunk.of(pending[2]))
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
         """Refuses what would be silently wrong under a patch."""
@@ -188,6 +217,7 @@ def patch(
     template: SinkTemplate | None = None,
     measure_prompts: int = 4,
     break_even: bool = True,
+    pruner: Pruner | None = None,
 ) -> Handle:
     """Makes a Hugging Face Qwen2-VL, Qwen2.5-VL or Gemma 3 model prefill sparsely.
 
@@ -205,12 +235,17 @@ def patch(
         measure_prompts: how many prompts to measure before freezing.
         break_even: run prompts dense that are too short to gain (`break_even.py` has the rule). False: all multi-image
             prompts run sparse, for comparisons.
+        pruner: drops tokens of every prompt with images, before the language model or between two layers; for decode
+            steps positions go on from the whole prompt's length. Then prompts with images come one at a time, whole
+            and unpadded, logits have a row per kept token, and a cache is of use under this patch only. Whether
+            sparsity pays is judged by the whole prompt; one that does not run sparse is pruned all the same.
 
     Returns:
         The handle of the patch. Patching again with the same arguments returns the same handle.
 
     Raises:
-        ValueError: not a supported model; or the model is patched already, with other arguments.
+        ValueError: not a supported model; the model is patched already, with other arguments; or a pruner without a
+            profile, or of a layer that the model does not have.
         ProfileError: the profile is damaged or belongs to another model.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model: its device, dtype or
             head dimension, or Triton itself.
@@ -223,6 +258,7 @@ def patch(
         template,
         measure_prompts,
         break_even,
+        pruner,
     )
     current = getattr(model, HANDLE, None)
     if current is not None:
@@ -240,11 +276,16 @@ def patch(
     else:
         profile = profile if isinstance(profile, Profile) else Profile.load(profile)
         profile.require(print_, allow_mismatch=allow_mismatch)
+    if profile is None and pruner is not None:
+        raise ValueError(
+            "a pruner needs a profile: prompts are measured whole. Got none, and none was found for this model. "
+            "Make one with calibrate, or pass Profile.uniform(Category.DENSE, fingerprint(model)) to prune only."
+        )
     if profile is None:
         mode: Mode = Freezer(info, print_, template or SinkTemplate(), measure_prompts, chosen, break_even)
     else:
         mode = SparseMode(profile, chosen, info, break_even)
-    handle = Handle(model, info, mode, chosen)
+    handle = Handle(model, info, mode, chosen, pruner)
     handle.asked = asked
     handle.install()
     return handle

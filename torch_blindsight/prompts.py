@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,34 +18,65 @@ class Dense(Exception):
     """This forward runs dense; the message is the reason that `Handle.report` counts."""
 
 
-class TokenHistory:
-    """The token ids behind each cache, so that a chunk or a second turn knows the images before it.
+@dataclass(frozen=True)
+class Chunk:
+    """What one forward added to a cache.
 
-    Ids are kept as the tensors they came in, so decode steps cost an append and no synchronization.
+    Attributes:
+        ids: `[B, T]` token ids.
+        grids: `[n, 3]`, one row per video of all rows: its frame groups, height and width in patches.
+        positions: mRoPE `[3 or 4, B, T]`; all that tells of frames where there are no grids.
+    """
+
+    ids: Tensor
+    grids: Tensor | None = None
+    positions: Tensor | None = None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Chunk:
+        """The new tokens of a forward. A decode step holds no video."""
+        ids = arguments["input_ids"]
+        if ids.shape[1] == 1:
+            return cls(ids)
+        return cls(ids, arguments.get("video_grid_thw"), arguments.get("position_ids"))
+
+    def cut(self, n: int) -> Chunk:
+        """Its first `n` tokens. Grids are listed for all rows together: whose are left is not known."""
+        if n >= self.ids.shape[1]:
+            return self
+        return Chunk(self.ids[:, :n], None, None if self.positions is None else self.positions[..., :n])
+
+
+class TokenHistory:
+    """The tokens behind each cache, so that a chunk or a second turn knows the images and frames before it.
+
+    They are kept as the tensors they came in, so decode steps cost an append and no synchronization.
     """
 
     def __init__(self) -> None:
-        self._ids: WeakKeyDictionary[Any, list[Tensor]] = WeakKeyDictionary()
+        self._chunks: WeakKeyDictionary[Any, list[Chunk]] = WeakKeyDictionary()
 
-    def before(self, cache: Any, length: int) -> Tensor | None:
-        """Ids `[B, length]` of the tokens in the cache, or None where they did not all pass through here."""
-        chunks = self._ids.get(cache)
-        if chunks is None or sum(c.shape[1] for c in chunks) < length:
-            return None
-        return torch.cat(chunks, dim=1)[:, :length]
+    def before(self, cache: Any, length: int) -> list[Chunk] | None:
+        """The first `length` tokens of the cache, or None where they did not all pass through here."""
+        found = []
+        for chunk in self._chunks.get(cache, []):
+            if length > 0:
+                found.append(chunk.cut(length))
+                length -= chunk.ids.shape[1]
+        return None if length > 0 else found
 
-    def record(self, cache: Any, length: int, ids: Tensor) -> None:
-        """Notes that `ids` `[B, T]` now follow the first `length` tokens of the cache."""
-        chunks = self._ids.get(cache, [])
-        known = sum(c.shape[1] for c in chunks)
-        if chunks and len(chunks[0]) != len(ids):  # rows of the cache were repeated or selected
-            self._ids.pop(cache)
+    def record(self, cache: Any, length: int, chunk: Chunk) -> None:
+        """Notes that a chunk now follows the first `length` tokens of the cache."""
+        chunks = self._chunks.get(cache, [])
+        known = sum(c.ids.shape[1] for c in chunks)
+        if chunks and len(chunks[0].ids) != len(chunk.ids):  # rows of the cache were repeated or selected
+            self._chunks.pop(cache)
         elif known == length:
-            self._ids.setdefault(cache, chunks).append(ids)
+            self._chunks.setdefault(cache, chunks).append(chunk)
         elif known > length:  # the cache was cropped
-            self._ids[cache] = [torch.cat(chunks, dim=1)[:, :length], ids]
+            self._chunks[cache] = [*(self.before(cache, length) or ()), chunk]
         else:
-            self._ids.pop(cache, None)
+            self._chunks.pop(cache, None)
 
 
 def read_layouts(
@@ -78,14 +110,15 @@ def read_layouts(
     mask = arguments.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + ids.shape[1]):
         raise Dense("attention_mask is not [batch, tokens]")
+    chunks = [Chunk.of(arguments)]
     if past:
         before = history.before(cache, past)
-        if before is None or len(before) != len(ids):
+        if not before or len(before[0].ids) != len(ids):
             raise Dense("tokens in the cache are unknown")
-        ids = torch.cat([before.to(ids.device), ids], dim=1)
+        chunks = [*before, *chunks]
     valid = None if mask is None else mask.cpu().numpy()
-    rows = ids.cpu().numpy()
-    frames = _frames(rows, valid, special, arguments, past)
+    rows = torch.cat([chunk.ids.to(ids.device) for chunk in chunks], dim=1).cpu().numpy()
+    frames = _frames(rows, valid, special, chunks)
     # Gemma 3 looks both ways where token_type_ids say so; generate leaves them out of a chunked prefill.
     bidirectional = family.bidirectional and arguments.get("token_type_ids") is not None
     layouts = [
@@ -114,12 +147,22 @@ def _packed(arguments: Mapping[str, Any]) -> bool:
     return bool((positions.diff(dim=-1) != 1).any())
 
 
-def _frames(
-    rows: np.ndarray, valid: np.ndarray | None, special: SpecialTokens, arguments: Mapping[str, Any], past: int
-) -> list[list[int]]:
-    """Frame groups of every video of every row, from the grids or, where there are none, from the mRoPE positions."""
+def _frames(rows: np.ndarray, valid: np.ndarray | None, special: SpecialTokens, chunks: list[Chunk]) -> list[list[int]]:
+    """Frame groups of every video of every row, chunk by chunk: no video may go on from one to the next."""
+    frames: list[list[int]] = [[] for _ in rows]
     if special.video is None or not (rows == special.video).any():
-        return [[] for _ in rows]
+        return frames
+    start = 0
+    for chunk in chunks:
+        stop = start + chunk.ids.shape[1]
+        found = _chunk_frames(rows[:, start:stop], None if valid is None else valid[:, start:stop], special, chunk)
+        frames = [known + new for known, new in zip(frames, found, strict=True)]
+        start = stop
+    return frames
+
+
+def _chunk_frames(rows: np.ndarray, valid: np.ndarray | None, special: SpecialTokens, chunk: Chunk) -> list[list[int]]:
+    """Frame groups of a chunk's videos, from the grids or, where there are none, from the mRoPE positions."""
     runs = []
     for b, row in enumerate(rows):
         edges = np.flatnonzero(np.diff(row == special.video, prepend=False, append=False))
@@ -127,19 +170,19 @@ def _frames(
         stop = len(row) if valid is None else np.flatnonzero(valid[b]).max(initial=-1) + 1
         if len(edges) and edges[-1] == stop:
             raise Dense("a video is cut")
-    grids = arguments.get("video_grid_thw")
-    if grids is not None and not past:
-        groups = iter(grids[:, 0].tolist())
-        try:
-            return [[int(next(groups)) for _ in row] for row in runs]
-        except StopIteration:
-            raise ValueError(
-                f"video_grid_thw must have a row per video. Got {len(grids)} rows for {sum(map(len, runs))} videos."
-            ) from None
-    positions = arguments.get("position_ids")
-    if positions is None or positions.ndim != 3 or past:
-        raise Dense("frames of a video are unknown")
-    height, width = positions[-2:].cpu().numpy()  # [B, N] each
+    n_videos = sum(map(len, runs))
+    if not n_videos:
+        return [[] for _ in runs]
+    if chunk.grids is not None and len(chunk.grids) == n_videos:
+        groups = iter(chunk.grids[:, 0].tolist())
+        return [[int(next(groups)) for _ in row] for row in runs]
+    if chunk.positions is None or chunk.positions.ndim != 3:
+        if chunk.grids is None:
+            raise Dense("frames of a video are unknown")
+        raise ValueError(
+            f"video_grid_thw must have a row per video. Got {len(chunk.grids)} rows for {n_videos} videos."
+        )
+    height, width = chunk.positions[-2:].cpu().numpy()  # [B, N] each
     counts = []
     for b, row in enumerate(runs):
         # Every frame group starts at the same height and width.

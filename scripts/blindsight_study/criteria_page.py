@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from blindsight_cli.evaluation.statistics import INTERVAL, PairedCounts
 from blindsight_study.page import points, table
 from shared_profiles._atomic import write_atomically
 
@@ -15,7 +16,7 @@ def write_page(studies: Mapping[str, dict[str, Any]], path: Path, plot: str) -> 
     lines = [
         "# Criteria compared",
         "",
-        "Made by `scripts/compare_criteria.py`. Intervals are 95%, of paired differences.",
+        f"Made by `scripts/compare_criteria.py`. 95% intervals: {INTERVAL}.",
     ]
     lines += ["", f"![Divergence and accuracy over the pairs kept]({plot})"]
     for name, study in studies.items():
@@ -26,7 +27,7 @@ def write_page(studies: Mapping[str, dict[str, Any]], path: Path, plot: str) -> 
 
 def _criteria(study: dict[str, Any]) -> list[str]:
     rows = [
-        (r["criterion"], *_shares(r), r["dense_heads"], f"{r['kl']:.5f}", points(r), f"{r['agreement']:.2%}")
+        (r["criterion"], *_shares(r), r["dense_heads"], f"{r['kl']:.5f}", points(_answers(r)), f"{r['agreement']:.2%}")
         for r in study.get("criteria", ())
     ]
     head = (
@@ -47,9 +48,9 @@ def _target(study: dict[str, Any]) -> list[str]:
             f"{r['held_out']['kl']:.5f}" + (", chosen" if r["chosen"] else ""),
             *_shares(r),
             f"{r['kl']:.5f}",
-            f"{r['dense']:.2%}",
-            points(r),
-            f"{r['lost']} / {r['won']} of {r['questions']:,}",
+            f"{_answers(r).dense_right / _answers(r).n:.2%}",
+            points(_answers(r)),
+            f"{_answers(r).only_dense} / {_answers(r).only_sparse} of {_answers(r).n:,}",
         )
         for r in study.get("target", ())
     ]
@@ -78,7 +79,14 @@ def _stability(study: dict[str, Any]) -> list[str]:
 
 def _transfer(study: dict[str, Any]) -> list[str]:
     rows = [
-        (r["from"], r["prompts"], r["on"], f"{r['kl']:.5f}", f"{r['dense']:.1%}", points(r))
+        (
+            r["from"],
+            r["prompts"],
+            r["on"],
+            f"{r['kl']:.5f}",
+            f"{_answers(r).dense_right / _answers(r).n:.1%}",
+            points(_answers(r)),
+        )
         for r in study.get("transfer", ())
     ]
     head = ("calibrated on", "prompts", "asked", "KL (nats)", "dense", "accuracy: points")
@@ -87,13 +95,17 @@ def _transfer(study: dict[str, Any]) -> list[str]:
 
 def _knobs(study: dict[str, Any]) -> list[str]:
     rows = [
-        (r["knob"], *_shares(r), r["dense_heads"], f"{r['kl']:.5f}", points(r))
+        (r["knob"], *_shares(r), r["dense_heads"], f"{r['kl']:.5f}", points(_answers(r)))
         if "kl" in r
         else (r["knob"], "100%", "100%", r["dense_heads"], "0", "0")
         for r in study.get("knobs", ())
     ]
     head = ("thresholds", "pairs kept", "inter-image kept", "dense heads", "KL (nats)", "accuracy: points")
     return ["", "## The thresholds, one moved at a time", "", *table(head, rows)]
+
+
+def _answers(row: dict[str, Any]) -> PairedCounts:
+    return PairedCounts(**row["answers"])
 
 
 def _shares(row: dict[str, Any]) -> tuple[str, str]:
@@ -134,6 +146,6 @@ def _lines(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         random = name.startswith("random")
         style: dict[str, Any] = dict(color="#999999", linewidth=0.8) if random else dict(linewidth=1.6)
         label = None if random and name != "random 0" else name.removesuffix(" 0")
-        for axis, key, scale in zip(axes, ("kl", "difference"), (1, 100), strict=True):
-            x, y = [100 * row["inter_kept"] for row in mine], [scale * row[key] for row in mine]
+        x = [100 * row["inter_kept"] for row in mine]
+        for axis, y in zip(axes, ([r["kl"] for r in mine], [100 * _answers(r).difference for r in mine]), strict=True):
             axis.plot(x, y, "o-", ms=3, label=label, **style)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class Study:
                 "inter_kept": inter[0] / inter[1],
                 "kl": max(float(divergence(asked.held.dense, sparse).kl.mean()), 0.0),
                 "agreement": float((sparse.argmax(-1) == asked.held.dense.argmax(-1)).mean()),
-                **paired(*(x.argmax(-1) == asked.expected for x in (sparse, asked.held.dense))),
+                "answers": asdict(paired(*(x.argmax(-1) == asked.expected for x in (asked.held.dense, sparse)))),
                 "dense_heads": int((categories == Category.DENSE).sum()),
             }
             write_atomically(self._file, json.dumps(self._measured).encode())
