@@ -107,6 +107,17 @@ def end_layer(weights: Weights, config: ModelConfig, hidden: Array, out: Array) 
     return nnx.merge(_layer_graph(config.text), weights).end(hidden, out)
 
 
+def attention_branch(weights: Weights, config: ModelConfig, out: Array) -> tuple[Array, Array]:
+    """What one layer's attention adds to its input: what was attended `[B, T, H, D]` to `[B, T, E]` twice.
+
+    Returns:
+        Before the norm on its way out, and after it; the same in families without one.
+    """
+    layer = nnx.merge(_layer_graph(config.text), weights)
+    branch = layer.attention.merge(out)
+    return branch, branch if layer.post_attention_norm is None else layer.post_attention_norm(branch)
+
+
 def final_norm(weights: Weights, config: ModelConfig, hidden: Array) -> Array:
     """The last layer's hidden states `[..., E]`, normalised."""
     return _merge(weights, config).decoder.norm(hidden)

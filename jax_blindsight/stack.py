@@ -1,6 +1,7 @@
 """The decoder's layers one after another, each by programs that all layers share.
 
     hidden ──► _begin ──► q, k, v ──► attend, the caller's ──► out ──► _end ──► hidden
+       └──► read, the caller's, before the layer writes over it
 
 A layer's weights, its rotation and what it attends to are data, so each of these programs is compiled once, however
 many layers there are and whatever their heads do. Calling them costs the host some tenths of a millisecond a layer,
@@ -9,6 +10,7 @@ while the device computes. `hidden` is one buffer from the first layer to the la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -24,7 +26,13 @@ from jax_blindsight.params import Params
 from jax_blindsight.sharding import sharded_heads, sharded_rows
 
 
-def run_layers(params: Params, hidden: Array, positions: np.ndarray, attend: Attend) -> Array:
+def run_layers(
+    params: Params,
+    hidden: Array,
+    positions: np.ndarray,
+    attend: Attend,
+    read: Callable[[int, Array], None] | None = None,
+) -> Array:
     """Runs all decoder layers.
 
     Args:
@@ -33,18 +41,33 @@ def run_layers(params: Params, hidden: Array, positions: np.ndarray, attend: Att
         positions: int, mRoPE `[3, B, T]` or `[B, T]` as the family has it.
         attend: `(layer, q [B, H, T, D], k [B, K, T, D], v) -> [B, T, H, D]`, called once per layer, not traced; q and k
             are rotated and not scaled.
+        read: `(layer, hidden [B, T, E])`, called with what each layer reads; to keep it, copy it.
 
     Returns:
         `[B, T, E]`, not yet normalised.
     """
     config, mesh = params.config, params.mesh
-    rotations = {rope: _rotation(positions, config=config, rope=rope) for rope in set(config.text.ropes)}
+    rotations = rotations_of(params, positions)
     layers = params.weights["decoder"]["layers"]
     for i, rope in enumerate(config.text.ropes):
+        if read is not None:
+            read(i, hidden)
         # Nothing here keeps q, k and v alive beside the MLP.
         out = attend(i, *_begin(layers[i], hidden, rotations[rope], config=config, mesh=mesh))
         hidden = _end(layers[i], hidden, out, config=config, mesh=mesh)
     return hidden
+
+
+def rotations_of(params: Params, positions: np.ndarray) -> dict[Rope, Rotation]:
+    """The rotations of a prompt's tokens, by each of the model's ropes; `positions` as in `run_layers`."""
+    config = params.config
+    return {rope: _rotation(positions, config=config, rope=rope) for rope in set(config.text.ropes)}
+
+
+def begin(params: Params, layer: int, hidden: Array, by: Rotation) -> tuple[Array, Array, Array]:
+    """q, k and v of a layer that reads `[B, T, E]`, by the program of `run_layers`; nothing is consumed."""
+    weights = params.weights["decoder"]["layers"][layer]
+    return _begin(weights, hidden, by, config=params.config, mesh=params.mesh)
 
 
 @partial(jax.jit, static_argnames=("config", "rope"))

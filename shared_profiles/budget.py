@@ -60,6 +60,26 @@ def check_ranking(ranking: str) -> None:
         raise ValueError(f"the ranking must be one of {', '.join(RANKINGS)}. Got {ranking!r}.")
 
 
+def budget_of(budget: Budget | float | None, thresholds: Thresholds | None) -> Budget | None:
+    """The budget that the options of a `calibrate` mean; None to choose by thresholds.
+
+    Raises:
+        ValueError: both are given, or the budget cannot be.
+    """
+    if budget is not None and thresholds is not None:
+        raise ValueError("categories must be chosen by a budget or by thresholds. Got both. Leave one out.")
+    if thresholds is not None:
+        return None
+    return budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
+
+
+def rankings_for(budget: Budget | None) -> tuple[str, ...]:
+    """The harm to measure for a budget: whoever takes the gradient gets the ranking without one beside it."""
+    if budget is None or budget.ranking == "error":
+        return ()
+    return ("gradient", "residual") if budget.ranking == "gradient" else ("residual",)
+
+
 @dataclass(frozen=True, eq=False)
 class Measured:
     """What one choice of categories did to N held-out prompts.
@@ -130,7 +150,8 @@ def tune(profile: Profile, budget: Budget, measure: Measure, *, held_out: str | 
     dense = path.categories(0)
     points[0] = CurvePoint(1.0, 0.0, agreement=1.0, n_prompts=n_prompts, heads=heads_of(dense))
     curve = tuple(points[step] for step in sorted(points))
-    chosen = _chosen(points[passes], budget.kl, ranking=budget.ranking, held_out=held_out)
+    sinks = profile.choice.get("sinks")  # how the template was learned, which stays
+    chosen = _chosen(points[passes], budget.kl, ranking=budget.ranking, held_out=held_out, sinks=sinks)
     return replace(profile, **chosen, curve=curve)
 
 
@@ -154,7 +175,7 @@ def retune(profile: Profile, budget: float) -> Profile:
             f"{min(point.kl for point in known):g} on. Allow more, or measure again with --verify."
         )
     chosen = min(within, key=lambda point: (point.kept, point.kl))
-    kept = {key: profile.choice[key] for key in ("ranking", "held_out") if key in profile.choice}
+    kept = {key: profile.choice[key] for key in ("ranking", "held_out", "sinks") if key in profile.choice}
     return replace(profile, **_chosen(chosen, allowed, **kept))
 
 
@@ -165,7 +186,8 @@ def retune_by_thresholds(profile: Profile, thresholds: Thresholds) -> Profile:
         ValueError: it has no statistics, or not the quantile.
     """
     categories = classify(statistics_of(profile), thresholds)
-    return replace(profile, categories=categories, choice=thresholds.to_choice())
+    kept = {key: profile.choice[key] for key in ("sinks",) if key in profile.choice}
+    return replace(profile, categories=categories, choice=thresholds.to_choice() | kept)
 
 
 def verify(profile: Profile, measure: Measure) -> Profile:
@@ -214,7 +236,7 @@ def statistics_of(profile: Profile) -> Summary:
     return profile.summary
 
 
-def _chosen(point: CurvePoint, allowed: float, **more: str | None) -> dict[str, Any]:
+def _chosen(point: CurvePoint, allowed: float, **more: Any) -> dict[str, Any]:
     """The fields of a profile that takes a measured point."""
     assert point.categories is not None
     choice = {

@@ -1,87 +1,179 @@
-"""Measuring a data set, the same in every framework: a run can be interrupted, and goes on where it stopped.
+"""Measuring a data set, the same in every framework: interrupted, resumed, or dealt out to several processes.
 
-prompts ──► known already? ──► measure ──► Statistics ──► state file
+prompts ──► known already? ──► held out? ──► my turn? ──► measure ──► Statistics ──► state file
+
+A sink template can be learned first, from the first few prompts that are calibrated on: these are then read twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 
+from shared_profiles.processes import ALONE, Processes
 from shared_profiles.profile_parts import Fingerprint
 from shared_profiles.provenance import prompt_digest
+from shared_profiles.sink_statistics import LEARN_FROM, SinkMass, learn_template
 from shared_profiles.split import Split
+from shared_profiles.state_files import StateFiles
 from shared_profiles.statistics import PromptStatistics, Statistics
 from shared_profiles.template import SinkTemplate
 
 
-def collect[P](
-    prompts: Iterable[P],
-    measure: Callable[[P], PromptStatistics | None],
-    arrays: Callable[[P], Mapping[str, np.ndarray]],
-    fingerprint: Fingerprint,
-    template: SinkTemplate,
-    *,
-    state: str | Path | None = None,
-    save_every: int = 8,
-    rankings: Collection[str] = (),
-    split: Split[P] | None = None,
-) -> Statistics:
-    """The statistics of prompts, with those that a state file holds already.
+class Collector[P]:
+    """Collects the statistics of prompts, with those that state files hold already.
 
     Args:
-        prompts: a framework's prompts, one at a time.
-        measure: gives a prompt's record, None if it shows nothing.
+        prompts: a framework's prompts, one at a time; the same in the same order for every process.
         arrays: gives a prompt in NumPy, by whose content it is recognized; refuses what is no prompt.
         fingerprint: the model.
-        template: what it is measured with.
-        state: file in which the statistics are kept, written every `save_every` prompts and on interruption.
+        rankings: which harm is measured.
+        state: file in which the statistics are kept, written every `save_every` prompts and on interruption; see
+            `StateFiles` for what several processes write.
+        merge: states of other machines, whose statistics count, too.
         save_every: how often.
-        rankings: which harm `measure` gives.
         split: takes the held-out prompts, which are not measured here; default: none are held out.
+        processes: those that share the work.
 
     Raises:
-        ValueError: no prompt shows anything; the state is damaged, of another model, template or rankings; or it holds
-            a prompt that is now held out.
-        OSError: the state cannot be written.
+        ValueError: a state is damaged.
+        OSError: a state cannot be read.
     """
-    # What statistics were measured on: the model, and the template that decides what a category keeps.
-    origin = f"{fingerprint.digest} {template.from_start} {template.from_end} {template.local_block}"
-    statistics = Statistics(fingerprint.n_layers, fingerprint.n_heads, origin=origin, rankings=rankings)
-    if state is not None and Path(state).exists():
-        statistics = statistics.merge(Statistics.load(state))
-    unsaved = skipped = held_out = 0
-    try:
-        for prompt in prompts:
-            prompt_id = prompt_digest(arrays(prompt))
-            known = prompt_id in statistics
-            if split is not None and split.holds_out(prompt_id, prompt):
-                if known:
-                    raise ValueError(
-                        f"held-out prompts must not be calibrated on. The state {state} has prompt {prompt_id}: it was "
-                        "begun without this split. Begin another."
-                    )
-                held_out += 1
+
+    def __init__(
+        self,
+        prompts: Iterable[P],
+        arrays: Callable[[P], Mapping[str, np.ndarray]],
+        fingerprint: Fingerprint,
+        *,
+        rankings: Collection[str] = (),
+        state: str | Path | None = None,
+        merge: Iterable[str | Path] = (),
+        save_every: int = 8,
+        split: Split[P] | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        self._fingerprint, self._rankings, self._save_every = fingerprint, rankings, save_every
+        self._split, self._processes = split, processes
+        self._files = StateFiles(state, merge, processes)
+        # A prompt that was found to show nothing is None.
+        self._stream: Iterator[tuple[str, P | None]] = ((prompt_digest(arrays(prompt)), prompt) for prompt in prompts)
+        self._sinks: dict[str, SinkMass] = {}
+
+    @property
+    def template(self) -> SinkTemplate | None:
+        """The sink template of the statistics in the state files; None where there are none yet."""
+        return self._files.template
+
+    def learn(self, measure: Callable[[P], SinkMass | None], local_block: int) -> SinkTemplate:
+        """The sink template that the first `LEARN_FROM` prompts lead to, held-out ones excepted; before `collect`.
+
+        One process measures for all.
+
+        Args:
+            measure: gives what a prompt's image rows look at, None if it has fewer than two images.
+            local_block: see `SinkTemplate`.
+        """
+        if self._processes.rank == 0:
+            self._read_sinks(measure)
+        self._sinks = self._processes.gather(self._sinks)[0]
+        if not self._sinks:
+            return SinkTemplate(local_block=local_block)  # `collect` will say that there is no prompt
+        return learn_template(SinkMass.mean(self._sinks[prompt_id] for prompt_id in sorted(self._sinks)), local_block)
+
+    def _read_sinks(self, measure: Callable[[P], SinkMass | None]) -> None:
+        read: list[tuple[str, P | None]] = []
+        for prompt_id, prompt in self._stream:
+            assert prompt is not None
+            read.append((prompt_id, prompt))
+            if prompt_id in self._sinks or (self._split is not None and self._split.holds_out(prompt_id, prompt)):
                 continue
-            if known:
+            if (mass := measure(prompt)) is None:
+                read[-1] = prompt_id, None  # keeps no pictures
                 continue
-            record = measure(prompt)
-            if record is None:
-                skipped += 1
-                continue
-            statistics.add(prompt_id, record)
-            unsaved += 1
-            if state is not None and unsaved >= save_every:
-                statistics.save(state)
-                unsaved = 0
-    finally:
-        if state is not None and unsaved:
-            statistics.save(state)
-    if not len(statistics):
-        raise ValueError(
-            f"calibration needs prompts with at least two images. Got none ({skipped} prompts with fewer"
-            f"{f', {held_out} held out' if held_out else ''}). Pass multi-image prompts like those you serve."
+            self._sinks[prompt_id] = mass
+            if len(self._sinks) == LEARN_FROM:
+                break
+        self._stream = itertools.chain(read, self._stream)
+
+    def collect(self, measure: Callable[[P], PromptStatistics | None], template: SinkTemplate) -> Statistics:
+        """Measures what is not known yet, and ends with the statistics of all, the same in every process.
+
+        Args:
+            measure: gives a prompt's record, None if it has fewer than two images.
+            template: what it is measured with.
+
+        Raises:
+            ValueError: no prompt shows anything; a state is of another model, template or rankings, or holds a prompt
+                that is now held out; or processes were given different prompts.
+            OSError: the state cannot be written.
+        """
+        statistics = self._files.begin(self._fingerprint, template, self._rankings)
+        for prompt_id, mass in self._sinks.items():
+            statistics.add_sinks(prompt_id, mass)
+        known = set(statistics.prompt_ids)
+        met, order = set(known), hashlib.sha256()
+        unsaved = skipped = held_out = turn = 0
+        try:
+            for prompt_id, prompt in self._stream:
+                order.update(prompt_id.encode())
+                if prompt is not None and self._split is not None and self._split.holds_out(prompt_id, prompt):
+                    if prompt_id in known:
+                        raise ValueError(
+                            f"held-out prompts must not be calibrated on. The state has prompt {prompt_id}: it was "
+                            "begun without this split. Begin another."
+                        )
+                    held_out += 1
+                    continue
+                if prompt_id in met:
+                    continue
+                met.add(prompt_id)
+                turn += 1
+                if not self._processes.is_mine(turn - 1):
+                    continue
+                record = None if prompt is None else measure(prompt)
+                if record is None:
+                    skipped += 1
+                    continue
+                statistics.add(prompt_id, record)
+                unsaved += 1
+                if unsaved >= self._save_every:
+                    self._files.save(statistics)
+                    unsaved = 0
+        finally:
+            if unsaved:
+                self._files.save(statistics)
+        parts, skips, orders = zip(
+            *self._processes.gather((statistics, skipped, order.hexdigest())),
+            strict=True,
         )
-    return statistics
+        if len(set(orders)) > 1:
+            raise ValueError(
+                f"every process must be given the same prompts in the same order. Got {len(set(orders))} orders from "
+                f"{self._processes.n} processes. Give all of them all prompts: the work is dealt out here."
+            )
+        whole = reduce(Statistics.merge, parts)
+        if not len(whole):
+            raise ValueError(
+                f"calibration needs prompts with at least two images. Got none ({sum(skips)} prompts with fewer"
+                f"{f', {held_out} held out' if held_out else ''}). Pass multi-image prompts like those you serve."
+            )
+        self._files.finish(whole)
+        return whole
+
+
+def check_local_block(template: SinkTemplate | None, local_block: int | None) -> None:
+    """Refuses a width of local blocks beside a template, which has its own, or one that no template can have.
+
+    Raises:
+        ValueError: it is.
+    """
+    if local_block is not None:
+        if template is not None:
+            raise ValueError("local_block must be left out where a template is given, which has its own. Got both.")
+        SinkTemplate(local_block=local_block)

@@ -11,6 +11,7 @@ import numpy as np
 
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.profile import Fingerprint, Profile, Provenance
+from shared_profiles.sink_statistics import learned_from
 from shared_profiles.statistics import Statistics
 from shared_profiles.template import SinkTemplate
 
@@ -40,12 +41,15 @@ def make_profile(
 ) -> Profile:
     """The profile that thresholds choose from statistics measured with `template` on `dataset`, by these packages."""
     summary = statistics.summarize()
+    choice = thresholds.to_choice()
+    if statistics.sinks:
+        choice["sinks"] = learned_from(statistics.sinks, template)
     return Profile(
         categories=classify(summary, thresholds),
         template=template,
         fingerprint=fingerprint,
         summary=summary,
-        choice=thresholds.to_choice(),
+        choice=choice,
         provenance=make_provenance(dataset, statistics, packages),
     )
 

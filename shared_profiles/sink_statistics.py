@@ -11,8 +11,9 @@ mean over the image rows that have an earlier image, the rows that a sparse cate
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from shared_profiles.layout import Layout, concatenated_ranges
 from shared_profiles.template import SinkTemplate
 
 REACH = 8  # offsets told apart at either end of an image
+LEARN_FROM = 8  # prompts that `calibrate` learns a template from
 
 # A head has a sink at an offset that draws at least `LIFT` times the mass of an average token of other images, and at
 # least `SHARE` of all that the head gives to other images; heads that give them less than `LOOKS` do not count. An
@@ -39,7 +41,8 @@ def offset_bins(layout: Layout, reach: int = REACH) -> np.ndarray:
     bins = np.full(layout.n_tokens, -1)
     begin, end = layout.images[:, 0], layout.images[:, 3]
     where = concatenated_ranges(begin, end)
-    from_start, from_end = where - np.repeat(begin, end - begin), np.repeat(end, end - begin) - where
+    zero, limit = (np.repeat(x, end - begin) for x in layout.offset_origins)
+    from_start, from_end = where - zero, limit - where
     near = np.where(from_start < from_end, from_start, 2 * reach + 1 - from_end)
     bins[where] = np.where(np.minimum(from_start, from_end - 1) < reach, near, reach)
     return bins
@@ -160,3 +163,50 @@ def learn_template(mass: SinkMass, local_block: int = SinkTemplate.local_block) 
     from_start = (0, *sorted(b for b in best if b < reach))
     from_end = (1, *sorted(2 * reach + 1 - b for b in best if b > reach))
     return SinkTemplate(from_start, from_end, local_block)
+
+
+def learned_from(sinks: Mapping[str, SinkMass], template: SinkTemplate) -> dict[str, Any]:
+    """What a profile says of a learned template, as JSON values; see FORMAT.md, `choice`.
+
+    Args:
+        sinks: by prompt, what it was learned from.
+        template: what was learned.
+
+    Returns:
+        `prompts`, their number, and for each offset of `from_start` and `from_end` the mass that the image rows of all
+        heads give to it in earlier images, a mean in [0, 1]; None for an offset beyond those that were told apart.
+    """
+    mass = SinkMass.mean(sinks[prompt_id] for prompt_id in sorted(sinks))
+    received, n_bins = mass.others.mean((0, 1), dtype=np.float64), 2 * mass.reach + 1
+
+    def of(bins: list[int], known: range) -> list[float | None]:
+        return [float(received[b]) if b in known else None for b in bins]
+
+    return {
+        "prompts": len(sinks),
+        "from_start": of([*template.from_start], range(mass.reach)),
+        "from_end": of([n_bins - offset for offset in template.from_end], range(mass.reach + 1, n_bins)),
+    }
+
+
+def stack_sinks(sinks: Mapping[str, SinkMass], n_layers: int, n_heads: int) -> dict[str, np.ndarray]:
+    """The members of a state file, M prompts in ascending order of id and 2R + 1 bins; see FORMAT.md."""
+    ids, n_bins = sorted(sinks), next((mass.others.shape[-1] for mass in sinks.values()), 1)
+    tails = {"own": (n_heads,), "text": (n_heads,), "others": (n_heads, n_bins), "pairs": (n_bins,)}
+    members = {
+        f"sink_{name}": np.array([getattr(sinks[i], name) for i in ids], np.float32).reshape(len(ids), n_layers, *tail)
+        for name, tail in tails.items()
+    }
+    return {"sink_ids": np.array(ids, dtype=np.str_)} | members
+
+
+def unstack_sinks(members: Mapping[str, np.ndarray]) -> dict[str, SinkMass]:
+    """The reverse of `stack_sinks`.
+
+    Raises:
+        ValueError: the members do not go together.
+    """
+    ids, *tables = (members[f"sink_{name}"] for name in ("ids", "own", "text", "others", "pairs"))
+    if ids.ndim != 1 or ids.dtype.kind != "U" or {len(table) for table in tables} != {len(ids)}:
+        raise ValueError(f"sinks of shapes {[table.shape for table in (ids, *tables)]}")
+    return {str(prompt_id): SinkMass(*(table[i] for table in tables)) for i, prompt_id in enumerate(ids)}

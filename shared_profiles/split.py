@@ -45,9 +45,13 @@ class Given[P](Split[P]):
 
     Args:
         prompts: the held-out prompts by their digest.
+
+    Raises:
+        ValueError: there are none.
     """
 
     def __init__(self, prompts: dict[str, P]) -> None:
+        require_held_out(len(prompts), 0)
         self.prompts = prompts
 
     def holds_out(self, prompt_id: str, prompt: P) -> bool:

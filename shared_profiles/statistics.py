@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,15 @@ import numpy as np
 from shared_profiles._atomic import write_atomically
 from shared_profiles._values import is_integer, read_only, same_fields
 from shared_profiles.categories import SPARSE, Category
+from shared_profiles.sink_statistics import SinkMass, stack_sinks, unstack_sinks
 from shared_profiles.summary import LEVELS, MEASURED_RANKINGS, Summary
 
-SCHEMA = "blindsight.statistics/2"
+SCHEMA = "blindsight.statistics/3"
+WITHOUT_SINKS = "blindsight.statistics/2"  # read, too: no template was ever learned
 MASS_SLACK = 1e-3  # exp(lse - lse) of low-precision kernels may pass 1 by this much
 
 _MEMBERS = {"schema", "origin", "rankings", "prompt_ids", "counts", "mass", "error", "pairs", "harm"}
+_SINKS = {"sink_ids", "sink_own", "sink_text", "sink_others", "sink_pairs"}
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError, ValueError)
 
 
@@ -116,6 +120,7 @@ class Statistics:
         self.n_layers, self.n_heads, self.origin = n_layers, n_heads, origin
         self.rankings = tuple(sorted(rankings))
         self._records: dict[str, PromptStatistics] = {}
+        self._sinks: dict[str, SinkMass] = {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -127,7 +132,9 @@ class Statistics:
         return self._records[prompt_id]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Statistics) and self._key == other._key and self._records == other._records
+        if not isinstance(other, Statistics) or self._key != other._key:
+            return False
+        return self._records == other._records and self._sinks == other._sinks
 
     __hash__ = None  # type: ignore[assignment]  # mutable
 
@@ -145,6 +152,11 @@ class Statistics:
         return sum(record.n_tokens for record in self._records.values())
 
     @property
+    def sinks(self) -> Mapping[str, SinkMass]:
+        """By prompt, what the sink template was learned from; none where it was given. Merged like the records."""
+        return MappingProxyType(self._sinks)
+
+    @property
     def _key(self) -> tuple[int, int, str, tuple[str, ...]]:
         return self.n_layers, self.n_heads, self.origin, self.rankings
 
@@ -160,8 +172,7 @@ class Statistics:
                 its range (the message names prompt, layer, head and category), or the prompt was added before
                 with different values.
         """
-        if not prompt_id or not _plain(prompt_id):
-            raise ValueError(f"prompt_id must be one or more printable ASCII characters. Got {prompt_id!r}.")
+        _check_id(prompt_id)
         shape = (len(SPARSE), self.n_layers, self.n_heads)
         if record.mass.shape != shape:
             raise ValueError(f"prompt {prompt_id}: mass must have shape (3, L, H)={shape}. Got {record.mass.shape}.")
@@ -185,10 +196,22 @@ class Statistics:
                     "Measure this prompt again in higher precision, or leave it out."
                 )
         if self._records.setdefault(prompt_id, record) != record:
-            raise ValueError(
-                f"prompt {prompt_id} must have the same values wherever it was measured. Got two different records. "
-                "Measure every prompt on one machine only, or start over from one state."
-            )
+            raise _two_values(prompt_id)
+
+    def add_sinks(self, prompt_id: str, mass: SinkMass) -> None:
+        """Adds what one prompt told of the sinks. Adding it again with the same values changes nothing.
+
+        Raises:
+            ValueError: the id is not printable ASCII, the shape is not that of this model or of the others' bins, or
+                the prompt was added before with different values.
+        """
+        _check_id(prompt_id)
+        bins = next((other.others.shape for other in self._sinks.values()), (*mass.own.shape, mass.others.shape[-1]))
+        if mass.own.shape != (self.n_layers, self.n_heads) or mass.others.shape != bins:
+            shape = (self.n_layers, self.n_heads, bins[-1])
+            raise ValueError(f"prompt {prompt_id}: sinks must have shape {shape}. Got {mass.others.shape}.")
+        if self._sinks.setdefault(prompt_id, mass) != mass:
+            raise _two_values(prompt_id)
 
     def merge(self, other: Statistics) -> Statistics:
         """The union of two states, as a new one. Associative, commutative and idempotent, bit for bit.
@@ -202,9 +225,11 @@ class Statistics:
                 "Merge only parts of one calibration run."
             )
         merged = Statistics(self.n_layers, self.n_heads, origin=self.origin, rankings=self.rankings)
-        merged._records = dict(self._records)
+        merged._records, merged._sinks = dict(self._records), dict(self._sinks)
         for prompt_id, record in other._records.items():
             merged.add(prompt_id, record)
+        for prompt_id, mass in other._sinks.items():
+            merged.add_sinks(prompt_id, mass)
         return merged
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -212,13 +237,14 @@ class Statistics:
 
         Members, N prompts in ascending order of id, R rankings: `schema` and `origin`, strings; `rankings` `[R]` and
         `prompt_ids` `[N]` strings; `counts` `[N, 3]` int64 (n_tokens, n_images, n_rows); `mass` and `error`
-        `[N, 3, L, H]` and `harm` `[R, N, 3, L, H]` float32; `pairs` `[N, 4, L]` int64.
+        `[N, 3, L, H]` and `harm` `[R, N, 3, L, H]` float32; `pairs` `[N, 4, L]` int64; and `stack_sinks`.
 
         Raises:
             OSError: the file cannot be written; an older one is then untouched.
         """
         buffer = io.BytesIO()
-        np.savez(buffer, schema=np.array(SCHEMA), origin=np.array(self.origin), **self._stacked())
+        members = self._stacked() | stack_sinks(self._sinks, self.n_layers, self.n_heads)
+        np.savez(buffer, schema=np.array(SCHEMA), origin=np.array(self.origin), **members)
         write_atomically(path, buffer.getbuffer())
 
     @classmethod
@@ -244,10 +270,12 @@ class Statistics:
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
         with loaded:
-            if set(loaded.files) != _MEMBERS:
-                raise ValueError(f"the members {sorted(loaded.files)}")
-            if (schema := str(loaded["schema"])) != SCHEMA:
+            schema = str(loaded["schema"])
+            if schema not in (SCHEMA, WITHOUT_SINKS):
                 raise ValueError(f"the schema {schema!r}")
+            if set(loaded.files) != (_MEMBERS | _SINKS if schema == SCHEMA else _MEMBERS):
+                raise ValueError(f"the members {sorted(loaded.files)}")
+            sinks = unstack_sinks({name: loaded[name] for name in _SINKS}) if schema == SCHEMA else {}
             counts, mass = loaded["counts"], loaded["mass"]
             ids, error, pairs = loaded["prompt_ids"], loaded["error"], loaded["pairs"]
             origin, rankings, harm = str(loaded["origin"]), loaded["rankings"], loaded["harm"]
@@ -264,6 +292,8 @@ class Statistics:
             statistics.add(
                 prompt_id, PromptStatistics(n_tokens, n_images, n_rows, mass[i], error[i], pairs[i], by_name)
             )
+        for prompt_id, sink_mass in sinks.items():
+            statistics.add_sinks(prompt_id, sink_mass)
         return statistics
 
     def _stacked(self) -> dict[str, Any]:
@@ -317,6 +347,19 @@ class Statistics:
             pairs=dict(zip(Category, stacked["pairs"].mean(axis=0), strict=True)),
             harm={name: by_category(values) for name, values in zip(self.rankings, harm, strict=True)},
         )
+
+
+def _check_id(prompt_id: str) -> None:
+    if not prompt_id or not _plain(prompt_id):
+        raise ValueError(f"prompt_id must be one or more printable ASCII characters. Got {prompt_id!r}.")
+
+
+def _two_values(prompt_id: str) -> ValueError:
+    """Of one prompt."""
+    return ValueError(
+        f"prompt {prompt_id} must have the same values wherever it was measured. Got two different records. "
+        "Measure every prompt on one machine only, or start over from one state."
+    )
 
 
 def _stored(values: np.ndarray) -> np.ndarray:

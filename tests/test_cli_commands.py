@@ -85,7 +85,7 @@ def test_help_states_the_defaults_of_the_library() -> None:
     assert Thresholds(*(told(name) for name in Thresholds.__dataclass_fields__)) == Thresholds()
     assert told("budget") == main.DEFAULT_BUDGET == Budget().kl
     assert options["held_out"].default == HELD_OUT
-    assert options["local_block"].default == SinkTemplate().local_block
+    assert told("local_block") == SinkTemplate().local_block
 
 
 @pytest.mark.parametrize(

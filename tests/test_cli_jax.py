@@ -40,7 +40,8 @@ def blindsight(*args: object) -> Result:
 
 
 def calibrate(checkpoint: Path, prompts: Path, out: Path, *args: object) -> Profile:
-    result = blindsight("calibrate", checkpoint, prompts, "--out", out, "--gamma-dense", 0.5, "--local-block", 8, *args)
+    how = ("--gamma-dense", 0.5, "--sinks", "0,1:1,2", "--local-block", 8)
+    result = blindsight("calibrate", checkpoint, prompts, "--out", out, *how, *args)
     assert result.exit_code == 0, result.stderr
     return Profile.load(out)
 

@@ -14,10 +14,11 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from blindsight_cli.commands.run import COMPARE_REPEATS
+from blindsight_cli.launched import Place, launched
 from blindsight_cli.loading import DTYPES, ask, load_checkpoint, load_image, pick_device
 from blindsight_cli.main import app
 from blindsight_cli.prompt_file import read_prompts
-from shared_profiles import Category, Layout, category_mask
+from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from shared_profiles.classifier import Thresholds
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
@@ -78,6 +79,8 @@ def test_calibrate_then_run(family: str, prompts: Path, tmp_path: Path) -> None:
     assert profile.fingerprint.family == family and profile.categories.any()
     assert profile.provenance is not None and profile.provenance.dataset == "prompts.jsonl"
     assert profile.provenance.n_prompts == 3
+    assert "learned from 3 prompts, with their share" in result.stdout and "sinks: 0 (" in result.stdout
+    assert "learned from 3 prompts" in blindsight("profile", "show", folder / FILE_NAME).stdout
     answered = ask_json(folder, prompts, "--max-new-tokens", 3)
     assert answered["profile"] == str(folder / FILE_NAME)
     assert [run["ran"] for run in answered["runs"]] == ["sparse"]
@@ -104,7 +107,7 @@ def test_calibrate_goes_on_where_it_was_interrupted(
     checkpoint: Path, prompts: Path, tmp_path: Path, monkeypatch
 ) -> None:
     out, state = tmp_path / "p.json", tmp_path / "state.npz"
-    command = ("calibrate", checkpoint, prompts, "--thresholds", "--out", out)
+    command = ("calibrate", checkpoint, prompts, "--thresholds", "--out", out, "--sinks", "0,1:1")
     seen = []
 
     def interrupted(path: Path) -> Image.Image:
@@ -119,9 +122,24 @@ def test_calibrate_goes_on_where_it_was_interrupted(
     assert result.exit_code == 130 and "goes on from there" in result.stderr
     assert not out.exists() and len(Statistics.load(state)) == 2 and len(seen) == 5
     assert blindsight(*command, "--state", state).exit_code == 0
+    assert Profile.load(out).template == SinkTemplate((0, 1), (1,))
+    # Another machine's state is all that is needed: nothing is measured again, and its template is the one.
     whole = tmp_path / "whole.json"
-    assert blindsight("calibrate", checkpoint, prompts, "--thresholds", "--out", whole, "--limit", 4).exit_code == 0
+    monkeypatch.setattr("torch_blindsight.calibration._measure", None)
+    result = blindsight("calibrate", checkpoint, prompts, "--thresholds", "--out", whole, "--merge", state)
+    assert result.exit_code == 0 and "sinks: 0, 1 from an image's start, 1 from its end; not learned" in result.stdout
     assert Profile.load(out).summary == Profile.load(whole).summary
+
+
+def test_torchrun_deals_out_what_torch_does(checkpoint: Path, prompts: Path, tmp_path: Path, monkeypatch) -> None:
+    """Two processes: `test_torch_scale_out`. One of them alone is as if it were not there."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with launched("jax") as place:
+        assert place == Place(is_first=True, device=None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = blindsight("calibrate", checkpoint, prompts, "--out", tmp_path / "p.json", "--backend", "jax")
+    assert (result.exit_code, result.stdout) == (2, "") and "work of --backend torch only" in result.stderr
 
 
 def test_calibrate_says_when_nothing_passes(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
@@ -162,7 +180,7 @@ def test_calibrate_refuses_early(checkpoint: Path, prompts: Path, tmp_path: Path
     alien = tmp_path / "alien"
     alien.mkdir()
     (alien / "config.json").write_text('{"model_type": "llama"}')
-    out = ("--out", tmp_path / "p.json")
+    out, mine = ("--out", tmp_path / "p.json"), tmp_path / "s.npz"
     for code, message, args in (
         (2, "Got none", (checkpoint, tmp_path / "empty.jsonl", *out)),
         (2, "at least two images", (checkpoint, tmp_path / "one.jsonl", *out)),
@@ -170,6 +188,12 @@ def test_calibrate_refuses_early(checkpoint: Path, prompts: Path, tmp_path: Path
         (2, "it is a folder", (checkpoint, prompts, *out, "--state", tmp_path)),
         (2, "multiple of 0.05", (checkpoint, prompts, *out, "--quantile", 0.33)),
         (2, "multiple of 8", (checkpoint, prompts, *out, "--local-block", 12)),
+        (2, "such as 0,1:1,2. Got '0,1'", (checkpoint, prompts, *out, "--sinks", "0,1")),
+        (2, "offsets of at least 1", (checkpoint, prompts, *out, "--sinks", "0:0")),
+        (2, "which is also PROMPTS", (checkpoint, prompts, "--out", prompts)),
+        (2, "which is also --state", (checkpoint, prompts, *out, "--state", tmp_path / "p.json")),
+        (2, "which is also --merge", (checkpoint, prompts, *out, "--state", mine, "--merge", mine)),
+        (2, "There is no", (checkpoint, prompts, *out, "--merge", tmp_path / "absent.npz")),
         (2, "no config.json", (tmp_path, prompts, *out)),
         (2, "hf download Qwen/Some-VL", ("Qwen/Some-VL", prompts, *out)),
         (3, "'llama'", (alien, prompts, *out)),

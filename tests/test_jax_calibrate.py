@@ -17,10 +17,10 @@ QUIET = dict(template=TEMPLATE, progress=False)
 
 
 def test_what_is_skipped_and_what_is_refused():
-    params = twin("qwen2_5_vl").params
+    params, by_thresholds = twin("qwen2_5_vl").params, QUIET | dict(thresholds=Thresholds())
     one = in_numpy(make_inputs("qwen2_5_vl", [make_ids(1)]))
     with pytest.raises(ValueError, match=r"at least two images. Got none \(2 prompts with fewer\)"):
-        jax_blindsight.calibrate(params, [one, one | {"pixel_values": one["pixel_values"] + 1}], **QUIET)
+        jax_blindsight.calibrate(params, [one, one | {"pixel_values": one["pixel_values"] + 1}], **by_thresholds)
     with pytest.raises(ValueError, match="Got none"):
         jax_blindsight.calibrate(params, [], **QUIET)
     batch = in_numpy(make_inputs("qwen2_5_vl", [make_ids(2), make_ids(2)]))
@@ -28,8 +28,9 @@ def test_what_is_skipped_and_what_is_refused():
         jax_blindsight.calibrate(params, [batch], **QUIET)
     with pytest.raises(ValueError, match=r"input_ids \[1, N\]"):
         jax_blindsight.calibrate(params, [{}], **QUIET)
+    blind = in_numpy(make_inputs("qwen2_5_vl", [make_ids(2)])) | {"pixel_values": None}
     with pytest.raises(ValueError, match="Got none for 2 runs"):
-        jax_blindsight.calibrate(params, [in_numpy(make_inputs("qwen2_5_vl", [make_ids(2)])) | {"pixel_values": None}])
+        jax_blindsight.calibrate(params, [blind], **by_thresholds)
 
 
 def test_videos_are_measured():

@@ -12,7 +12,6 @@ import torch_blindsight
 from parity_profile import ABSOLUTE, MEASURED, RELATIVE, TEMPLATE, calibrate_both, prompts_of, records
 from parity_subjects import DEVICES, Subject, differing, tiny
 from shared_profiles import SinkTemplate
-from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.profile import Profile
 from shared_profiles.statistics import Statistics
@@ -50,39 +49,44 @@ def test_both_frameworks_measure_the_same(family, device, tmp_path):
 
 
 def test_both_choose_the_same_within_a_budget(tmp_path):
-    """Measured on held-out prompts, point by point."""
-    limit = Budget(0.02, "error")
-    both = calibrate_both(tiny("qwen2_5_vl"), prompts_of("qwen2_5_vl", 6), tmp_path, budget=limit, held_out=0.4)
+    """Ranked by the gradient, the default, and measured on held-out prompts, point by point."""
+    both = calibrate_both(tiny("qwen2_5_vl"), prompts_of("qwen2_5_vl", 6), tmp_path, budget=0.02, held_out=0.4)
     a, b = both["jax"].profile, both["torch"].profile
     np.testing.assert_array_equal(a.categories, b.categories)
+    assert a.choice["ranking"] == b.choice["ranking"] == "gradient" and set(a.summary.harm) == {"gradient", "residual"}
+    assert [point.heads for point in a.curve] == [point.heads for point in b.curve]
     assert 0 < np.count_nonzero(a.categories) < a.categories.size
 
 
 def test_one_goes_on_where_the_other_stopped(tmp_path):
     """A state of two prompts by torch, then of one more by JAX, then none is measured again by either."""
-    model, prompts = tiny("qwen2_5_vl"), prompts_of("qwen2_5_vl", 3)
-    state, options = tmp_path / "state.npz", QUIET | dict(thresholds=THRESHOLDS)
+    model, (held, *prompts) = tiny("qwen2_5_vl"), prompts_of("qwen2_5_vl", 4)
+    state = tmp_path / "state.npz"
+
+    def options(framework):
+        return QUIET | dict(held_out=[held if framework is torch_blindsight else in_numpy(held)], state=state)
 
     def interrupted():
         yield from map(in_numpy, prompts)
         raise KeyboardInterrupt
 
-    torch_blindsight.calibrate(model.single, prompts[:2], state=state, **options)
+    torch_blindsight.calibrate(model.single, prompts[:2], **options(torch_blindsight))
     begun = records(state)
     with pytest.raises(KeyboardInterrupt):
-        jax_blindsight.calibrate(model.params, interrupted(), state=state, **options)
+        jax_blindsight.calibrate(model.params, interrupted(), **options(jax_blindsight))
     ended = records(state)
     assert len(Statistics.load(state)) == 3
     kept = np.isin(ended["prompt_ids"], begun["prompt_ids"])
-    np.testing.assert_array_equal(ended["mass"][kept], begun["mass"])
+    np.testing.assert_array_equal(ended["harm"][:, kept], begun["harm"])
     profiles = [
-        torch_blindsight.calibrate(model.single, prompts, state=state, **options),
-        jax_blindsight.calibrate(model.params, map(in_numpy, prompts), state=state, **options),
+        torch_blindsight.calibrate(model.single, prompts, **options(torch_blindsight)),
+        jax_blindsight.calibrate(model.params, map(in_numpy, prompts), **options(jax_blindsight)),
     ]
     assert profiles[0].summary == profiles[1].summary
-    other = options | dict(template=SinkTemplate((0,), (1,), 8))
-    with pytest.raises(ValueError, match="origin"):
-        jax_blindsight.calibrate(model.params, map(in_numpy, prompts), state=state, **other)
+    assert profiles[0].summary.harm
+    other = options(jax_blindsight) | dict(template=SinkTemplate((0,), (1,), 8))
+    with pytest.raises(ValueError, match="must have been measured with this template"):
+        jax_blindsight.calibrate(model.params, map(in_numpy, prompts), **other)
 
 
 @pytest.mark.parametrize(("family", "maker"), [("qwen2_5_vl", "torch"), ("gemma3", "jax")])

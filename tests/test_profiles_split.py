@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from profile_strategies import fingerprint
-from shared_profiles.collection import collect
+from shared_profiles.collection import Collector
 from shared_profiles.split import Given, Split, is_held_out, require_held_out
 from shared_profiles.statistics import PromptStatistics, Statistics
 from shared_profiles.template import SinkTemplate
@@ -21,8 +21,8 @@ def measure(prompt: int) -> PromptStatistics | None:
 
 
 def run(prompts, **options) -> Statistics:
-    arrays = options.pop("arrays", lambda prompt: {"input_ids": np.array([prompt])})
-    return collect(prompts, measure, arrays, fingerprint(), SinkTemplate(), **options)
+    collector = Collector(prompts, lambda prompt: {"input_ids": np.array([prompt])}, fingerprint(), **options)
+    return collector.collect(measure, SinkTemplate())
 
 
 def test_the_halves_are_disjoint_whole_and_the_same_in_every_order():
@@ -70,7 +70,7 @@ def test_an_interrupted_run_goes_on_with_the_same_split(tmp_path):
 def test_what_was_calibrated_on_is_never_measured_on(tmp_path):
     state = tmp_path / "state.npz"
     run(range(99), state=state)
-    with pytest.raises(ValueError, match=r"must not be calibrated on. The state .* was begun without this split"):
+    with pytest.raises(ValueError, match=r"must not be calibrated on. The state has .* was begun without this split"):
         run(range(99), split=Split(0.3), state=state)
     ids = Split(0.999999)
     with pytest.raises(ValueError, match=r"Got none \(0 prompts with fewer, 9 held out\)"):
@@ -84,3 +84,5 @@ def test_an_empty_half_is_refused():
     require_held_out(1, 1)
     with pytest.raises(ValueError, match=r"at least two images. Got none \(3 prompts held out\). Pass more prompts"):
         require_held_out(0, 3)
+    with pytest.raises(ValueError, match=r"the held-out split must have a prompt.*\(0 prompts held out\)"):
+        Given({})

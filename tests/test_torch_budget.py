@@ -10,9 +10,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from shared_profiles import SPARSE, Category, SinkTemplate
+from harm import SMALL, measure_in_torch
+from shared_profiles import SPARSE, Category
 from shared_profiles.budget import Budget, chosen_point, retune
 from shared_profiles.classifier import Thresholds
+from shared_profiles.fisher import fisher_vector
 from shared_profiles.profile import Profile
 from shared_profiles.statistics import Statistics
 from tiny_models import (
@@ -26,29 +28,17 @@ from tiny_models import (
     patch,
 )
 from torch_blindsight import calibrate
-from torch_blindsight.gradient import GradientMode, fisher_vector, measure_with_gradient
+from torch_blindsight.gradient import GradientMode, measure_with_gradient
 from torch_blindsight.implementations import implementation
 from torch_blindsight.models import inspect_model
 from torch_blindsight.patching import Handle
 from torch_blindsight.residual import ResidualStream
 
-SMALL = SinkTemplate((0, 1), (1, 2), 8)
 QUIET = dict(template=SMALL, progress=False)
 
 
 def prompts_of(family, n, first=0):
     return [make_inputs(family, [make_ids(2 + i % 3, seed=i)], seed=i) for i in range(first, first + n)]
-
-
-def measure(model, inputs, *, stream=False):
-    """One prompt's observer, gradient and all."""
-    info = inspect_model(model)
-    chosen = implementation("portable", model, info)
-    with ResidualStream(model, info) as noted:
-        mode = GradientMode(info, SMALL, chosen.attend, noted if stream else None)
-        with Handle(model, info, mode, chosen) as handle:
-            handle.install()
-            return measure_with_gradient(model, mode, inputs)
 
 
 seen: dict[int, torch.Tensor] = {}
@@ -78,7 +68,7 @@ def test_the_harm_is_that_of_one_whole_backward_pass(family, monkeypatch):
     changes = {}
     portable = implementation("portable", model, inspect_model(model)).attend
     flags = [p.requires_grad for p in model.parameters()]
-    observer = measure(model, inputs)
+    observer = measure_in_torch(model, inputs)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
 
@@ -95,7 +85,7 @@ def test_the_harm_is_that_of_one_whole_backward_pass(family, monkeypatch):
 
     model.set_attn_implementation({"text_config": "keeping"})
     logits = model(**inputs, use_cache=False).logits[:, -1]
-    (vectors[0] * logits.float()).sum().backward()
+    (torch.from_numpy(vectors[0]) * logits.float()).sum().backward()
     model.set_attn_implementation({"text_config": "sdpa"})
     model.zero_grad()
     begin = 4 + np.arange(3) * (IMAGE_TOKENS + 2 + 3)
@@ -123,7 +113,7 @@ def test_the_ranking_without_gradient_is_that_of_the_residual_stream(family):
         if family == "gemma3":
             model.model.multi_modal_projector.mm_input_projection_weight.normal_(0, 0.2)
     info = inspect_model(model)
-    observed = measure(model, make_inputs(family, [make_ids(3)]), stream=True)
+    observed = measure_in_torch(model, make_inputs(family, [make_ids(3)]), stream=True)
     assert (observed.harm["residual"] > 0).all() and np.isfinite(observed.harm["residual"]).all()
     layer = model.get_submodule("model.language_model.layers")[1]
     stream = ResidualStream(model, info)
@@ -150,27 +140,6 @@ def test_the_ranking_without_gradient_is_that_of_the_residual_stream(family):
     assert not moved[:, [0, 1, 3]].any()
 
 
-def test_the_fisher_vector_has_the_fisher_covariance():
-    torch.manual_seed(0)
-    logits = torch.randn(1, 5)
-    p = logits.softmax(-1)[0]
-    vectors = fisher_vector(logits.expand(20_000, 5), seed=1)
-    want = torch.diag(p) - p[:, None] * p
-    torch.testing.assert_close(vectors.T @ vectors / len(vectors), want, rtol=0, atol=0.006)
-    torch.testing.assert_close(vectors.sum(1), torch.zeros(len(vectors)), rtol=0, atol=1e-5)
-    torch.testing.assert_close(fisher_vector(logits, seed=2), fisher_vector(logits, seed=2))
-    # More tokens than are rotated, and two alone, which leave nothing to chance.
-    many = torch.randn(1, 40) * 2
-    p = many.softmax(-1)[0]
-    vectors = fisher_vector(many.expand(20_000, 40), seed=3)
-    torch.testing.assert_close(vectors.T @ vectors / len(vectors), torch.diag(p) - p[:, None] * p, rtol=0, atol=0.01)
-    two = torch.tensor([[0.3, -1.2]])
-    p = two.softmax(-1)[0]
-    for seed in range(4):
-        vector = fisher_vector(two, seed)[0]
-        torch.testing.assert_close(vector[:, None] * vector, torch.diag(p) - p[:, None] * p)
-
-
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that an operator returned."""
 
@@ -193,7 +162,7 @@ def test_no_tensor_of_the_backward_pass_grows_with_the_square(family):
     for n_images in (20, 40):
         inputs = make_inputs(family, [make_ids(n_images)])
         with Largest() as largest:
-            measure(model, inputs)
+            measure_in_torch(model, inputs)
         elements.append(largest.elements)
         n = inputs["input_ids"].shape[1]
     assert elements[1] < 2.6 * elements[0]

@@ -11,6 +11,7 @@ from transformers.masking_utils import sdpa_mask
 
 from shared_profiles import SPARSE, Category, Layout, SinkTemplate, category_mask
 from shared_profiles.classifier import Thresholds, classify
+from shared_profiles.sink_statistics import SinkMass, learn_template
 from shared_profiles.statistics import Statistics
 from tiny_models import (
     IMAGE_TOKENS,
@@ -25,6 +26,7 @@ from tiny_models import (
     patch,
 )
 from torch_blindsight import calibrate, fingerprint, observe
+from torch_blindsight.sinks import measure_sinks
 
 SMALL = SinkTemplate((0, 1), (1, 2), 8)
 QUIET = dict(template=SMALL, progress=False, thresholds=Thresholds())
@@ -193,9 +195,9 @@ def test_the_state_is_written_every_few_prompts_and_on_errors(model, tmp_path):
 def test_a_state_that_does_not_fit_is_refused(model, tmp_path):
     state, prompts = tmp_path / "state.npz", prompts_of("qwen2_vl", 1)
     calibrate(model, prompts, state=state, **QUIET)
-    with pytest.raises(ValueError, match=r"one \(n_layers, n_heads, origin, rankings\).* Merge only parts of one cal"):
+    with pytest.raises(ValueError, match=r"state.npz must have been measured with this template: .* Got .* 8\)\. Cal"):
         calibrate(model, prompts, state=state, **QUIET | dict(template=SinkTemplate()))
-    with pytest.raises(ValueError, match="Merge only parts of one calibration run"):
+    with pytest.raises(ValueError, match=r"state.npz must have been measured with this model: sha256:"):
         calibrate(make_model("qwen2_vl", seed=1), prompts, state=state, **QUIET)
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"state.npz must be a whole file written by Statistics.save"):
@@ -280,6 +282,32 @@ def test_videos_and_low_precision(model, family):
     for category in SPARSE:
         np.testing.assert_allclose(rough.mass_mean[category], summary.mass_mean[category], atol=0.1)
         assert rough.kept[category] == summary.kept[category]
+
+
+@pytest.mark.parametrize("family", ["gemma3"])
+def test_without_a_template_one_is_learned(model, family, tmp_path):
+    """From the first 8 prompts; a resumed run has the same, whatever it would learn."""
+    prompts, state = prompts_of(family, 10), tmp_path / "state.npz"
+    options = QUIET | dict(template=None, state=state)
+    masses = [reading.mass for reading in measure_sinks(model, prompts[:8])]
+    counted = Counted(model)
+    profile = calibrate(model, iter(prompts), local_block=8, **options)
+    assert counted.n == 18
+    assert profile.template == learn_template(SinkMass.mean(masses), 8)
+    learned = profile.choice["sinks"]
+    received = np.mean([mass.others for mass in masses], axis=(0, 1, 2))
+    assert learned["prompts"] == 8
+    assert learned["from_start"] == pytest.approx(received[list(profile.template.from_start)], rel=1e-5)
+    assert learned["from_end"] == pytest.approx(received[[17 - x for x in profile.template.from_end]], rel=1e-5)
+    again = calibrate(model, prompts[5:], **options)
+    assert counted.n == 18
+    assert (again.template, again.choice, again.summary) == (profile.template, profile.choice, profile.summary)
+    with pytest.raises(ValueError, match=r"have been measured with this template: .*, 16\)\. Got .*, 8\)"):
+        calibrate(model, prompts, local_block=16, **options)
+    with pytest.raises(ValueError, match="local_block must be left out where a template is given"):
+        calibrate(model, prompts, local_block=16, **QUIET)
+    with pytest.raises(ValueError, match="at least two images"):
+        calibrate(model, [make_inputs(family, [make_ids(1)])], **options | dict(state=None))
 
 
 @pytest.mark.parametrize("family", ["gemma3"])

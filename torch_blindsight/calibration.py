@@ -1,4 +1,8 @@
-"""`calibrate(model, prompts)`: from a data set to a profile, resumable, with no S x S matrix on the way."""
+"""`calibrate(model, prompts)`: from a data set to a profile, resumable, with no S x S matrix on the way.
+
+Under `torchrun`, or in any process group, every process calls it with the same arguments. Each measures its share of
+the prompts; the statistics are, bit for bit, those of one process with as many threads, and so is the profile.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +18,23 @@ from torch import nn
 from tqdm import tqdm
 
 from shared_profiles import SinkTemplate
-from shared_profiles.budget import Budget, tune
+from shared_profiles.budget import Budget, budget_of, rankings_for, tune
 from shared_profiles.classifier import Thresholds
-from shared_profiles.collection import collect
+from shared_profiles.collection import Collector, check_local_block
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, make_profile, make_provenance, prompt_digest
+from shared_profiles.sink_statistics import REACH, SinkMass
 from shared_profiles.split import HELD_OUT, Given, Split
-from shared_profiles.statistics import PromptStatistics
+from shared_profiles.statistics import PromptStatistics, Statistics
 from torch_blindsight.gradient import GradientMode, measure_with_gradient
 from torch_blindsight.held_out import HeldOut
-from torch_blindsight.implementations import Name, implementation
-from torch_blindsight.models import PACKAGES, fingerprint, inspect_model
+from torch_blindsight.implementations import Implementation, Name, implementation
+from torch_blindsight.models import PACKAGES, ModelInfo, fingerprint, inspect_model
 from torch_blindsight.observe import ObserveMode, Observer
 from torch_blindsight.patching import HANDLE, Handle
+from torch_blindsight.processes import joined_processes
 from torch_blindsight.residual import ResidualStream
+from torch_blindsight.sinks import SinkMode, observing, read_sinks
 
 
 def calibrate(
@@ -39,7 +46,9 @@ def calibrate(
     budget: Budget | float | None = None,
     thresholds: Thresholds | None = None,
     held_out: float | Iterable[Mapping[str, Any]] = HELD_OUT,
+    local_block: int | None = None,
     state: str | Path | None = None,
+    merge: Iterable[str | Path] = (),
     save_every: int = 8,
     progress: bool | None = None,
     impl: Name | None = None,
@@ -51,20 +60,28 @@ def calibrate(
     prompts are calibrated on, and nothing is held out.
 
     Prompts with fewer than two images are skipped: they show nothing. An interrupted run continues where it stopped
-    when `state` is given: prompts already measured are recognized by their content.
+    when `state` is given: prompts already measured are recognized by their content. So are those of other machines'
+    states, which `merge` names.
+
+    In a process group every process reads all prompts and measures its share; all return the same profile. The group's
+    own backend is not used, and a process that fails takes the others with it.
 
     Args:
         model: a supported Hugging Face model, not patched.
         prompts: what the model's processor returns, one prompt each: `input_ids [1, N]`, `pixel_values`, ...
         dataset: name of the data, kept in the profile.
-        template: sinks and local blocks.
+        template: sinks and local blocks. Default: that of the statistics in `state` and `merge`; where there are none
+            yet, sinks are learned from the first 8 prompts (`shared_profiles.sink_statistics`).
         budget: allowed KL divergence of the next token in nats, or that and what ranks the heads: `"gradient"`, one
             backward pass a prompt; `"residual"`, for models too large for one; `"error"`. Default: `Budget()`, unless
             thresholds are given.
         thresholds: how much a head must retain, to choose by that instead.
         held_out: the share of prompts that a budget is measured on, chosen by their content; or these prompts. They
             stay in memory until the end.
-        state: file in which the statistics are kept, written every `save_every` prompts and on interruption.
+        local_block: width of the local blocks of a template that is not given, a multiple of 8. Default: 128.
+        state: file in which the statistics are kept, written every `save_every` prompts and on interruption; see
+            `shared_profiles.state_files` for what several processes write.
+        merge: further such files, whose statistics count, too; of the same model, template and rankings.
         save_every: how often.
         progress: show a progress bar on standard error; default: when it is a terminal.
         impl: what computes the attention that is measured; as in `patch`.
@@ -75,16 +92,18 @@ def calibrate(
 
     Raises:
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
-            calibrated on; tokens and model are on different devices; the model is patched; budget and thresholds.
+            calibrated on; tokens and model are on different devices; the model is patched; budget and thresholds;
+            template and local_block; a state is of another model, template or rankings; the processes of a group were
+            given different prompts.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
         OSError: the state cannot be written.
     """
     if getattr(model, HANDLE, None) is not None:
         raise ValueError("the model must not be patched while it is calibrated. Call unpatch() on its handle first.")
-    limit = _limit(budget, thresholds)
+    limit = budget_of(budget, thresholds)
+    check_local_block(template, local_block)
     info = inspect_model(model)
     print_ = fingerprint(model, info)
-    template = template or SinkTemplate()
     chosen = implementation(impl, model, info)
     split: Split[Mapping[str, Any]] | None = None
     if limit is not None:
@@ -92,49 +111,65 @@ def calibrate(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with ExitStack() as stack:
-            rankings = _rankings(limit)
-            stream = stack.enter_context(ResidualStream(model, info)) if "residual" in rankings else None
-            kind = GradientMode if "gradient" in rankings else ObserveMode
-            mode = kind(info, template, chosen.attend, stream)
-            stack.enter_context(handle := Handle(model, info, mode, chosen))
-            handle.install()
-            statistics = collect(
-                tqdm(prompts, desc="calibrating", unit="prompt", disable=None if progress is None else not progress),
-                lambda prompt: _measure(model, mode, prompt),
+        with joined_processes() as processes:
+            hidden = processes.rank > 0 or (None if progress is None else not progress)
+            collector = Collector(
+                tqdm(prompts, desc="calibrating", unit="prompt", disable=hidden),
                 lambda prompt: _arrays(model, prompt),
                 print_,
-                template,
+                rankings=rankings_for(limit),
                 state=state,
+                merge=merge,
                 save_every=save_every,
-                rankings=rankings,
                 split=split,
+                processes=processes,
             )
-        profile = make_profile(statistics, thresholds or Thresholds(), template, print_, dataset, PACKAGES)
-        if limit is None or split is None:
-            return profile
-        held = HeldOut(model, info, chosen, profile, split.prompts)
-        made_from = make_provenance(dataset, statistics, PACKAGES, held.n_tokens)
-        return tune(replace(profile, provenance=made_from), limit, held, held_out=dataset_hash(held.prompts))
+            template = template or _template(model, collector, local_block, impl)
+            statistics = _collect(model, info, chosen, collector, template, rankings_for(limit))
+            profile = make_profile(statistics, thresholds or Thresholds(), template, print_, dataset, PACKAGES)
+            if limit is not None and split is not None:
+                held = HeldOut(model, info, chosen, profile, split.prompts, processes)
+                made_from = make_provenance(dataset, statistics, PACKAGES, held.n_tokens)
+                profile = replace(profile, provenance=made_from)
+                profile = tune(profile, limit, held, held_out=dataset_hash(held.n_tokens))
+            return processes.gather(profile)[0]  # they differ in when they were made
     finally:
         for module in training:
             module.training = True
 
 
-def _limit(budget: Budget | float | None, thresholds: Thresholds | None) -> Budget | None:
-    """The budget to choose by; None to choose by thresholds."""
-    if budget is not None and thresholds is not None:
-        raise ValueError("categories must be chosen by a budget or by thresholds. Got both. Leave one out.")
-    if thresholds is not None:
-        return None
-    return budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
+def _template(
+    model: nn.Module, collector: Collector[Mapping[str, Any]], local_block: int | None, impl: Name | None
+) -> SinkTemplate:
+    """The template of the statistics that there are; where there are none, a learned one."""
+    if (stored := collector.template) is not None:
+        return stored if local_block is None else replace(stored, local_block=local_block)
+    width = SinkTemplate.local_block if local_block is None else local_block
+
+    def measure(prompt: Mapping[str, Any]) -> SinkMass | None:
+        reading = read_sinks(model, mode, prompt)
+        return None if reading is None else reading.mass
+
+    with observing(model, lambda info, attend: SinkMode(info, attend, REACH), impl) as mode:
+        return collector.learn(measure, width)
 
 
-def _rankings(budget: Budget | None) -> tuple[str, ...]:
-    """What has to be measured: whoever takes the gradient gets the ranking without one beside it."""
-    if budget is None or budget.ranking == "error":
-        return ()
-    return ("gradient", "residual") if budget.ranking == "gradient" else ("residual",)
+def _collect(
+    model: nn.Module,
+    info: ModelInfo,
+    chosen: Implementation,
+    collector: Collector[Mapping[str, Any]],
+    template: SinkTemplate,
+    rankings: tuple[str, ...],
+) -> Statistics:
+    """The statistics of all prompts."""
+    with ExitStack() as stack:
+        stream = stack.enter_context(ResidualStream(model, info)) if "residual" in rankings else None
+        kind = GradientMode if "gradient" in rankings else ObserveMode
+        mode = kind(info, template, chosen.attend, stream)
+        stack.enter_context(handle := Handle(model, info, mode, chosen))
+        handle.install()
+        return collector.collect(lambda prompt: _measure(model, mode, prompt), template)
 
 
 def _given(model: nn.Module, prompts: Iterable[Mapping[str, Any]]) -> Given[Mapping[str, Any]]:

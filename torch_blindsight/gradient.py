@@ -1,10 +1,6 @@
 """What each head's change would do to the answer, from one backward pass through the dense model.
 
-To second order a change of the logits by `d` costs `KL = 1/2 d^T F d`, where `F = diag(p) - p p^T` is the Fisher
-information of the next-token distribution `p`. A random vector `xi` with `E[xi xi^T] = F` turns that into one number:
-`KL = 1/2 E[(xi . d)^2]`. With `g` the gradient of `xi . logits` by a head's dense outputs, a change of these outputs
-costs `1/2 (sum over rows of g . change)^2` (to first order in the network), an unbiased estimate from one backward pass
-however sure the model is: gradients of `log p(y)` of its own answer vanish where it is sure, and rank far worse.
+What is propagated back is `xi . logits`, `xi` the random vector of `shared_profiles.fisher`, which says why.
 
 The backward pass goes layer by layer, each recomputed from what it read:
 
@@ -16,7 +12,6 @@ so that one layer's graph exists at a time, and memory grows with the prompt, no
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,13 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared_profiles import Category, Layout, SinkTemplate
+from shared_profiles.fisher import fisher_vector, prompt_seed
 from torch_blindsight.attention import Prefill, announce
 from torch_blindsight.observe import ObserveMode, Observer
 from torch_blindsight.portable import portable_attention
 from torch_blindsight.residual import decoder_layers
-
-# Of so many of the likeliest next tokens the randomness is reduced; the cube of it is spent.
-_ROTATED = 32
 
 
 class GradientMode(ObserveMode):
@@ -117,8 +110,9 @@ def measure_with_gradient(model: nn.Module, mode: GradientMode, prompt: Mapping[
             return None
         for hook in hooks:
             hook.remove()
-        seed = zlib.crc32(prompt["input_ids"].cpu().numpy().tobytes())
-        (gradient,) = torch.autograd.grad((fisher_vector(logits, seed) * logits.float()).sum(), last.pop())
+        seed = prompt_seed(prompt["input_ids"].cpu().numpy())
+        vector = torch.from_numpy(fisher_vector(logits.detach().float().cpu().numpy(), seed)).to(logits.device)
+        (gradient,) = torch.autograd.grad((vector * logits.float()).sum(), last.pop())
         mode.observer.backward(calls, gradient)
         return mode.observer
     finally:
@@ -126,27 +120,6 @@ def measure_with_gradient(model: nn.Module, mode: GradientMode, prompt: Mapping[
             hook.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def fisher_vector(logits: Tensor, seed: int) -> Tensor:
-    """A vector per row whose covariance over seeds is `diag(p) - p p^T`, `p` being the softmax: `[B, V]` float32.
-
-    With `A = (I - p 1^T) diag(sqrt(p))` that covariance is `A A^T`, so `A Q s` will do for random signs `s` and any
-    rotation `Q`. The likeliest tokens are rotated to the eigenvectors of `A^T A`: where few tokens share all of `p`
-    hardly anything is left to chance, and where two do, nothing.
-    """
-    p = logits.detach().float().softmax(-1)
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
-    top, index = p.topk(min(_ROTATED, p.shape[-1]), dim=-1)  # [B, k]
-    root = top.sqrt()
-    gram = torch.diag_embed(top) + root[:, :, None] * root[:, None] * (
-        p.square().sum(-1)[:, None, None] - top[:, :, None] - top[:, None]
-    )
-    rotation = torch.linalg.eigh(gram).eigenvectors  # [B, k, k]
-    signs = signs.scatter(-1, index, (rotation @ signs.gather(-1, index)[..., None])[..., 0])
-    scaled = p.sqrt() * signs
-    return scaled - p * scaled.sum(-1, keepdim=True)
 
 
 def differentiable_dense(

@@ -1,4 +1,7 @@
-"""Measuring a choice of categories on held-out prompts: what it does to the next token."""
+"""Measuring a choice of categories on held-out prompts: what it does to the next token.
+
+Several processes each run their share of the prompts, and all learn what came of every prompt.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import nn
 
 from shared_profiles import Layout
 from shared_profiles.budget import Measured, divergence
+from shared_profiles.processes import ALONE, Processes
 from shared_profiles.profile import Profile
 from shared_profiles.split import require_held_out
 from torch_blindsight.attention import AttendLayer
@@ -32,10 +36,10 @@ class HeldOut:
         profile: whose template they have.
         prompts: the prompts by their digest, one each. Those with fewer than two images are left out: nothing is
             ever sparse about them.
+        processes: those that share the prompts; each must make one of these, and call it with the same categories.
 
     Attributes:
-        prompts: those that are measured.
-        n_tokens: how long each of them is.
+        n_tokens: how long each prompt is that is measured, by its digest in ascending order.
 
     Raises:
         ValueError: no prompt has two images.
@@ -48,36 +52,44 @@ class HeldOut:
         implementation: Implementation,
         profile: Profile,
         prompts: Mapping[str, Mapping[str, Any]],
+        processes: Processes = ALONE,
     ) -> None:
         self._model, self._info, self._implementation, self._profile = model, info, implementation, profile
-        self.prompts: dict[str, Mapping[str, Any]] = {}
-        self.n_tokens: dict[str, int] = {}
-        dense: list[np.ndarray] = []
+        self._processes = processes
+        self._prompts: dict[str, Mapping[str, Any]] = {}  # this process's
+        self._dense: dict[str, np.ndarray] = {}  # [1, V] float32 each
+        lengths: dict[str, int] = {}
         reference = _Reference()
         with self._patched(reference):
-            for prompt_id, prompt in prompts.items():
+            for turn, prompt_id in enumerate(sorted(prompts)):
+                if not processes.is_mine(turn):
+                    continue
                 reference.layout = None
-                log_probs = self._log_probs(prompt)
+                log_probs = self._log_probs(prompts[prompt_id])
                 if reference.layout is not None:
-                    self.prompts[prompt_id] = prompt
-                    self.n_tokens[prompt_id] = reference.layout.stop - reference.layout.start
-                    dense.append(log_probs)
-        require_held_out(len(dense), len(prompts))
-        self._dense = np.concatenate(dense)  # [N, V] float32
+                    self._prompts[prompt_id], self._dense[prompt_id] = prompts[prompt_id], log_probs
+                    lengths[prompt_id] = reference.layout.stop - reference.layout.start
+        together = {k: n for theirs in processes.gather(lengths) for k, n in theirs.items()}
+        self.n_tokens = {prompt_id: together[prompt_id] for prompt_id in sorted(together)}
+        require_held_out(len(self.n_tokens), len(prompts))
 
     def __call__(self, categories: np.ndarray) -> Measured:
-        """Runs every prompt with categories `[L, H]`.
+        """Runs every prompt with categories `[L, H]`; the figures are in the order of `n_tokens`.
 
         Raises:
             RuntimeError: a prefill that should have run sparse did not.
         """
         profile = replace(self._profile, categories=categories, curve=())
+        mine: dict[str, Measured] = {}
         with self._patched(SparseMode(profile, self._implementation, self._info, break_even=False)) as handle:
-            sparse = np.concatenate([self._log_probs(prompt) for prompt in self.prompts.values()])
+            for prompt_id, prompt in self._prompts.items():
+                mine[prompt_id] = divergence(self._dense[prompt_id], self._log_probs(prompt))
             ran = handle.report()["forwards"]
-        if categories.any() and set(ran) != {"sparse"}:
-            raise RuntimeError(f"all {len(self.prompts)} held-out prompts must have run sparse. Got {ran}.")
-        return divergence(self._dense, sparse)
+        if categories.any() and set(ran) - {"sparse"}:
+            raise RuntimeError(f"all {len(self._prompts)} held-out prompts must have run sparse. Got {ran}.")
+        all_ = {k: measured for theirs in self._processes.gather(mine) for k, measured in theirs.items()}
+        found = [all_[prompt_id] for prompt_id in self.n_tokens]
+        return Measured(np.concatenate([x.kl for x in found]), np.concatenate([x.agree for x in found]))
 
     def _patched(self, mode: Mode) -> Handle:
         handle = Handle(self._model, self._info, mode, self._implementation)

@@ -221,14 +221,16 @@ def measure_sinks(
     context: AbstractContextManager[None] = nullcontext() if delimiters else WithoutDelimiters(model)
     readings: list[SinkReading] = []
     with observing(model, lambda info, attend: SinkMode(info, attend, reach), impl) as mode, context:
-        for prompt in prompts:
-            mode.meter = None
-            logits = model(**prompt, use_cache=False, logits_to_keep=1).logits[0, -1]
-            if mode.meter is not None:
-                (mass,) = mode.meter.records()
-                if mass is not None:
-                    readings.append(SinkReading(mass, logits.double().log_softmax(-1).cpu().numpy()))
+        readings += filter(None, (read_sinks(model, mode, prompt) for prompt in prompts))
     return readings
+
+
+def read_sinks(model: nn.Module, mode: SinkMode, prompt: Mapping[str, Any]) -> SinkReading | None:
+    """Where the image rows of one prompt look, `observing` with this mode; None if it has fewer than two images."""
+    mode.meter = None
+    logits = model(**prompt, use_cache=False, logits_to_keep=1).logits[0, -1]
+    mass = None if mode.meter is None else mode.meter.records()[0]
+    return None if mass is None else SinkReading(mass, logits.double().log_softmax(-1).cpu().numpy())
 
 
 @contextmanager

@@ -128,6 +128,10 @@ def calibrate(
         typer.Option(help="The profile.", show_default="CHECKPOINT/blindsight_profile.json, where patch() finds it"),
     ] = None,
     state: Annotated[Path | None, typer.Option(help="Keep statistics here; a second run goes on from them.")] = None,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(help="Count the statistics of another machine's --state, too; repeat for more.", dir_okay=False),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Take only the first prompts.", min=1)] = None,
     budget: BudgetOption = None,
     ranking: RankingOption = None,
@@ -141,31 +145,41 @@ def calibrate(
     alpha_first: AlphaFirst = None,
     alpha_last: AlphaLast = None,
     quantile: Quantile = None,
-    local_block: Annotated[int, typer.Option(help="Tokens of a local block of SINK, a multiple of 8.", min=8)] = 128,
+    sinks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="START:END",
+            help="Sinks, as offsets from an image's start and back from its end, delimiters included, like 0,1:1,2.",
+            show_default="those of --state, else learned; in JAX 0,1:1,2",
+        ),
+    ] = None,
+    local_block: Annotated[
+        int | None, typer.Option(help="Tokens of a local block of SINK, a multiple of 8.", min=8, show_default="128")
+    ] = None,
     backend: Backend = "torch",
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> int:
     """Measure a checkpoint on your prompts and write its profile."""
-    from blindsight_cli.backends import RANKING
     from blindsight_cli.commands.calibrate import run_calibrate
     from shared_profiles.budget import Budget
-    from shared_profiles.template import SinkTemplate
 
     gammas = typed_thresholds(thresholds, gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile)
     if gammas is not None and (budget is not None or ranking is not None):
         raise typer.BadParameter("choose by --budget or by thresholds: leave out the others.")
-    found_by = gammas or Budget(DEFAULT_BUDGET if budget is None else budget, ranking or RANKING[backend])
+    found_by = gammas or Budget(DEFAULT_BUDGET if budget is None else budget, ranking or Budget.ranking)
     return run_calibrate(
         checkpoint=checkpoint,
         data=data,
         out=out,
         state=state,
+        merge=merge or [],
         limit=limit,
         how=found_by,
         held_out=held_out,
-        template=SinkTemplate(local_block=local_block),
+        sinks=sinks,
+        local_block=local_block,
         backend=backend,
         dtype=dtype,
         device=device,

@@ -32,9 +32,7 @@ BudgetOption = Annotated[
 ]
 RankingOption = Annotated[
     Literal["gradient", "residual", "error"] | None,
-    typer.Option(
-        help="What orders the heads for a budget.", show_default="gradient (one backward pass a prompt); in JAX error"
-    ),
+    typer.Option(help="What orders the heads for a budget.", show_default="gradient (one backward pass a prompt)"),
 ]
 ThresholdsOption = Annotated[
     bool, typer.Option("--thresholds", help="Choose by retained mass instead; so do the options below.")

@@ -8,6 +8,7 @@ from typing import Any
 from blindsight_gpu.measure import Place, free, peak_gib, seconds_per_call
 from blindsight_gpu.models import Size, make_model, make_prompt, n_images, sizes, without_tower
 from blindsight_gpu.results import Results, Row
+from shared_profiles import SinkTemplate
 from shared_profiles.classifier import Thresholds
 from torch_blindsight import calibrate
 
@@ -29,7 +30,8 @@ def _calibrate(model: Any, size: Size, n_tokens: int, place: Place) -> Row:
     prompt = make_prompt(size, n_tokens, place)
 
     def once(turn: int = 0) -> None:
-        calibrate(model, [prompt], thresholds=Thresholds(), progress=False, impl="triton")
+        template = SinkTemplate()  # given: learning one reads the prompt once more
+        calibrate(model, [prompt], thresholds=Thresholds(), template=template, progress=False, impl="triton")
 
     with without_tower(model, size, place):
         peak = peak_gib(once, place)  # the warm-up too

@@ -21,9 +21,6 @@ from shared_profiles.profile import Fingerprint, Profile
 from shared_profiles.split import HELD_OUT
 
 BackendName = Literal["torch", "jax"]
-RANKING: dict[BackendName, str] = {"torch": "gradient", "jax": "error"}
-"""What orders the heads for a budget, unless said otherwise: the best that each can measure."""
-
 NO_PROFILE = "there is no profile of this model"
 Prompt = Mapping[str, Tensor]  # what the checkpoint's processor returns, whatever runs it
 
@@ -86,13 +83,19 @@ class Backend(Protocol):
         prompts: Iterable[Prompt],
         *,
         dataset: str,
-        template: SinkTemplate,
+        template: SinkTemplate | None,
         budget: Budget | None = None,
         thresholds: Thresholds | None = None,
         held_out: float | Sequence[Prompt] = HELD_OUT,
+        local_block: int | None = None,
         state: Path | None = None,
+        merge: Sequence[Path] = (),
     ) -> Profile:
-        """The checkpoint's profile, as the framework's `calibrate` makes it, by a budget or by thresholds."""
+        """The checkpoint's profile, as the framework's `calibrate` makes it, by a budget or by thresholds.
+
+        Without a template it is that of the state, or as the framework can: learned, or the default; `local_block` is
+        then the width of its local blocks.
+        """
         ...
 
     def answer(self, prompt: Prompt, profile: Profile | None, max_new_tokens: int) -> Answer:

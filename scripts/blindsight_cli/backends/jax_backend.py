@@ -55,11 +55,13 @@ class JaxBackend:
         prompts: Iterable[Prompt],
         *,
         dataset: str,
-        template: SinkTemplate,
+        template: SinkTemplate | None,
         budget: Budget | None = None,
         thresholds: Thresholds | None = None,
         held_out: float | Sequence[Prompt] = HELD_OUT,
+        local_block: int | None = None,
         state: Path | None = None,
+        merge: Sequence[Path] = (),
     ) -> Profile:
         """See `Backend`."""
         arrays = _InNumPy(prompts)
@@ -71,7 +73,9 @@ class JaxBackend:
             budget=budget,
             thresholds=thresholds,
             held_out=held_out if isinstance(held_out, float) else [_in_numpy(x) for x in held_out],
+            local_block=local_block,
             state=state,
+            merge=merge,
             impl=self._impl,
         )
 

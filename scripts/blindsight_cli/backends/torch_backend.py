@@ -45,11 +45,13 @@ class TorchBackend:
         prompts: Iterable[Prompt],
         *,
         dataset: str,
-        template: SinkTemplate,
+        template: SinkTemplate | None,
         budget: Budget | None = None,
         thresholds: Thresholds | None = None,
         held_out: float | Sequence[Prompt] = HELD_OUT,
+        local_block: int | None = None,
         state: Path | None = None,
+        merge: Sequence[Path] = (),
     ) -> Profile:
         """See `Backend`."""
         return calibrate(
@@ -60,7 +62,9 @@ class TorchBackend:
             budget=budget,
             thresholds=thresholds,
             held_out=held_out,
+            local_block=local_block,
             state=state,
+            merge=merge,
         )
 
     def answer(self, prompt: Prompt, profile: Profile | None, max_new_tokens: int) -> Answer:

@@ -1,22 +1,32 @@
-"""`blindsight calibrate`: measures a checkpoint on prompts and writes its profile."""
+"""`blindsight calibrate`: measures a checkpoint on prompts and writes its profile.
+
+    torchrun --nproc-per-node 8 -m blindsight_cli.main calibrate CHECKPOINT PROMPTS --state FILE
+
+deals the prompts out; the first process writes the profile and does the talking.
+"""
 
 from __future__ import annotations
 
+import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from blindsight_cli.backends import BackendName, load_backend
 from blindsight_cli.commands.profile import category_table
 from blindsight_cli.errors import ExitCode
 from blindsight_cli.folders import require_writable
+from blindsight_cli.launched import launched
 from blindsight_cli.loading import check_family, load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
 from shared_profiles import SinkTemplate
 from shared_profiles.budget import Budget, chosen_point
 from shared_profiles.classifier import Thresholds
+from shared_profiles.collection import check_local_block
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
+from shared_profiles.state_files import state_files
 from shared_profiles.summary import LEVELS
 
 INTERRUPTED = 130
@@ -29,10 +39,12 @@ def run_calibrate(
     data: Path,
     out: Path | None,
     state: Path | None,
+    merge: list[Path],
     limit: int | None,
     how: Budget | Thresholds,
     held_out: float,
-    template: SinkTemplate,
+    sinks: str | None,
+    local_block: int | None,
     backend: BackendName,
     dtype: str,
     device: str | None,
@@ -45,10 +57,12 @@ def run_calibrate(
         data: JSONL file of prompts.
         out: where the profile goes; default: beside the checkpoint, where `patch` looks first.
         state: file of the statistics, to go on after an interruption.
+        merge: such files of other machines, to be counted, too.
         limit: how many prompts to take.
         how: a budget or thresholds, by which categories are chosen.
         held_out: share of the prompts that a budget is measured on.
-        template: sinks and local blocks.
+        sinks: offsets of the sinks, as typed; default: learned, where the backend can.
+        local_block: width of local blocks; default: 128.
         backend, dtype, device: how the model is loaded.
         as_json: print a JSON document instead of a table.
 
@@ -59,11 +73,11 @@ def run_calibrate(
         ValueError, OSError: see `load_backend`, `read_prompts` and the `calibrate` of either library.
     """
     check_quantile(how)
+    template = None if sinks is None else read_sinks(sinks, local_block)
+    check_local_block(None, local_block)
     check_family(checkpoint)
     out = out or checkpoint / FILE_NAME
-    for name, file in (("--out", out), ("--state", state)):
-        if file is not None:
-            require_writable(name, file)
+    _check_files(data, out, state, merge)
     prompts = read_prompts(data, limit)
     telling = [prompt for prompt in prompts if len(prompt.images) >= 2]
     if not telling:
@@ -71,30 +85,63 @@ def run_calibrate(
             f"{data}: calibration needs prompts with at least two images. Got {len(prompts)} with fewer. "
             "Take multi-image prompts like those you serve."
         )
-    if skipped := len(prompts) - len(telling):
-        note(f"{skipped} of {len(prompts)} prompts have fewer than two images and are skipped: they show nothing")
-    model = load_backend(backend, checkpoint, dtype=dtype, device=device)
-    processor = load_processor(checkpoint)
-    begun = time.perf_counter()
-    try:
-        profile = model.calibrate(
-            PromptLoader(telling, data, processor, model.device),
-            dataset=data.name,
-            template=template,
-            budget=how if isinstance(how, Budget) else None,
-            thresholds=how if isinstance(how, Thresholds) else None,
-            held_out=held_out,
-            state=state,
-        )
-    except KeyboardInterrupt:
-        kept = f"what was measured is in {state}; the same command goes on from there" if state else "nothing was kept"
-        note(f"interrupted: {kept}")
-        return INTERRUPTED
-    seconds = time.perf_counter() - begun
-    replaced = out.exists()
-    profile.save(out)
-    _tell(profile, checkpoint, out, replaced, skipped, seconds, as_json=as_json)
+    skipped = len(prompts) - len(telling)
+    with launched(backend) as place:
+        if skipped and place.is_first:
+            note(f"{skipped} of {len(prompts)} prompts have fewer than two images and are skipped: they show nothing")
+        model = load_backend(backend, checkpoint, dtype=dtype, device=device or place.device)
+        processor = load_processor(checkpoint)
+        begun = time.perf_counter()
+        try:
+            profile = model.calibrate(
+                PromptLoader(telling, data, processor, model.device),
+                dataset=data.name,
+                template=template,
+                budget=how if isinstance(how, Budget) else None,
+                thresholds=how if isinstance(how, Thresholds) else None,
+                held_out=held_out,
+                local_block=local_block if template is None else None,
+                state=state,
+                merge=merge,
+            )
+        except KeyboardInterrupt:
+            kept = state is not None and state_files(state)
+            where = f"what was measured is in {state}; the same command goes on from there"
+            note(f"interrupted: {where if kept else 'nothing was kept'}")
+            return INTERRUPTED
+        seconds = time.perf_counter() - begun
+        if place.is_first:
+            replaced = out.exists()
+            profile.save(out)
+            _tell(profile, checkpoint, out, replaced, skipped, seconds, as_json=as_json)
     return ExitCode.OK
+
+
+def read_sinks(text: str, local_block: int | None) -> SinkTemplate:
+    """The template whose sinks were typed, as START:END.
+
+    Raises:
+        ValueError: it is no such text, or an offset cannot be.
+    """
+    if not re.fullmatch(r"(\d+(,\d+)*)?:(\d+(,\d+)*)?", text):
+        raise ValueError(f"--sinks must be offsets from an image's start and end, such as 0,1:1,2. Got {text!r}.")
+    from_start, from_end = (tuple(int(x) for x in re.findall(r"\d+", part)) for part in text.split(":"))
+    return SinkTemplate(from_start, from_end, SinkTemplate.local_block if local_block is None else local_block)
+
+
+def _check_files(data: Path, out: Path, state: Path | None, merge: list[Path]) -> None:
+    """Refuses, before the work, files that could not be written after it or would overwrite one another."""
+    written = {"--out": out} | ({} if state is None else {"--state": state})
+    for name, file in written.items():
+        require_writable(name, file)
+    read = {"PROMPTS": data, **{f"--merge {file}": file for file in merge}}
+    for name, file in written.items():
+        for other, its in {**read, **written}.items():
+            if other != name and its.resolve() == file.resolve():
+                raise ValueError(f"{name} must name a file of its own. Got {file}, which is also {other}.")
+    for file in merge:
+        if not file.is_file():
+            raise ValueError(f"--merge must name a state, as --state writes it. There is no {file}.")
 
 
 def check_quantile(how: Budget | Thresholds) -> None:
@@ -122,6 +169,27 @@ def tell_choice(profile: Profile) -> None:
         note("no head passed the thresholds: every prefill will run dense. Lower --gamma-dense, or --alpha-last.")
 
 
+def told_sinks(profile: Profile) -> str:
+    """A line on the sinks: where they are, and, where they were learned, the mass that they receive."""
+    template, learned = profile.template, profile.choice.get("sinks")
+
+    def told(offsets: tuple[int, ...], received: list[float | None] | None) -> str:
+        each = [str(offset) for offset in offsets]
+        if received is not None:
+            shares = ["" if mass is None else f" ({mass:.2%})" for mass in received]
+            each = [f"{offset}{share}" for offset, share in zip(each, shares, strict=True)]
+        return ", ".join(each) or "none"
+
+    ends = ("from_start", "from_end")
+    start, end = (told(getattr(template, name), learned and learned[name]) for name in ends)
+    source = (
+        f"learned from {learned['prompts']} prompts, with their share of what image rows look at"
+        if learned
+        else "not learned"
+    )
+    return f"sinks: {start} from an image's start, {end} from its end; {source}"
+
+
 def _tell(
     profile: Profile, checkpoint: Path, out: Path, replaced: bool, skipped: int, seconds: float, *, as_json: bool
 ) -> None:
@@ -135,6 +203,7 @@ def _tell(
                 "digest": profile.fingerprint.digest,
                 "counts": {category.name: n for category, n in profile.counts().items()},
                 "choice": profile.choice,
+                "template": asdict(profile.template),
                 "n_prompts": provenance.n_prompts,
                 "n_skipped": skipped,
                 "n_tokens": provenance.n_tokens,
@@ -148,6 +217,7 @@ def _tell(
     console.print()
     measured = f"{provenance.n_prompts} prompts, {provenance.n_tokens:,} tokens"
     console.print(f"measured {measured} in {seconds:.1f} s", markup=False)
+    console.print(told_sinks(profile), markup=False, soft_wrap=True)
     console.print(f"{'replaced' if replaced else 'saved'} {out}", markup=False, soft_wrap=True)
     tell_choice(profile)
     if not profile.categories.any():

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blindsight_cli import report as reporting
-from blindsight_cli.backends import RANKING, Backend, BackendName, Prompt, load_backend
+from blindsight_cli.backends import Backend, BackendName, Prompt, load_backend
 from blindsight_cli.loading import load_processor
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import Puzzle
@@ -72,7 +72,7 @@ def run_demo(
         [evaluate.to_inputs(processor, [p]) for p in puzzles],
         dataset=f"synthetic puzzles {first}..{first + calibration_prompts - 1}",
         template=TEMPLATE,
-        budget=Budget(BUDGET, RANKING[backend]),
+        budget=Budget(BUDGET),
     )
     counts = ", ".join(f"{n} {category.name}" for category, n in profile.counts().items())
     console.print(f"calibrated on {calibration_prompts} prompts, a budget of {BUDGET} nats: {counts}")

@@ -114,10 +114,12 @@ def _facts(path: Path, profile: Profile) -> Table:
         "sinks": (
             f"{_numbers(template.from_start)} from an image's start, {_numbers(template.from_end)} from its end; "
             f"local blocks of {template.local_block} tokens"
+            + (f"; learned from {learned['prompts']} prompts" if (learned := profile.choice.get("sinks")) else "")
         ),
         "chosen by": ", ".join(
             str(value) if key == "method" else f"{key} {value}"
             for key, value in sorted(profile.choice.items(), key=lambda item: item[0] != "method")
+            if key != "sinks"
         ),
     }
     if provenance is not None:

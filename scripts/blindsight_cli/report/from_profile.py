@@ -43,7 +43,7 @@ def chosen_by(profile: Profile) -> str:
             f"{choice['held_out_prompts']} held-out prompts stayed within a budget of {nats(choice['budget'])} nats."
         )
     if choice["method"] == "thresholds":
-        values = ", ".join(f"{key} {value}" for key, value in choice.items() if key != "method")
+        values = ", ".join(f"{key} {value}" for key, value in choice.items() if key not in ("method", "sinks"))
         return f"Categories were chosen by thresholds on retained mass: {values}."
     return "Categories were set by hand."
 

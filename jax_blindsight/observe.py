@@ -1,0 +1,146 @@
+"""Measuring a prefill: what each category would keep and change, from the attention's own outputs and log-sum-exps.
+
+The observed forward runs dense. For every layer the three sparse categories are computed beside it, and per head two
+means over the image rows that have an earlier image are kept (DESIGN.md, section 4, stage 1):
+
+* retained mass `exp(lse_category - lse_dense)`, the share of softmax weight that the category keeps;
+* relative output error `||o_category - o_dense|| / ||o_dense||`;
+
+and, where asked, one or two estimates of what the category's change does to the answer (`Summary.harm`). The programs
+are a prefill's and a few small ones, compiled once per bucket. Nothing of size T * S ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_blindsight.attention import attend
+from jax_blindsight.params import Params
+from jax_blindsight.residual import Stream, moved, stream_of
+from jax_blindsight.stack import run_layers
+from jax_blindsight.work import AttentionWork
+from shared_profiles import SPARSE, Category
+
+if TYPE_CHECKING:
+    from blindsight_kernels.pallas_work import PallasWork
+
+
+class Observer:
+    """Collects the statistics of one prompt, layer by layer.
+
+    Args:
+        params: the model.
+        works: the attention's work of each of its windows.
+        counted: `[T]` float32, 1 for the rows that are measured.
+        rankings: which harm is measured beside mass and error: `"gradient"` needs `by_out`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        works: Mapping[int | None, AttentionWork | PallasWork],
+        counted: np.ndarray,
+        rankings: Collection[str],
+    ) -> None:
+        self.params, self._works, self._counted, self._rankings = params, works, counted, sorted(rankings)
+        self._found: dict[int, list[dict[str, Array]]] = {}  # by layer, then of each sparse category [H] each
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array, category: Category) -> tuple[Array, Array]:
+        """Attention of one layer with all heads of one category: `[1, T, H, D]` and log-sum-exps `[1, H, T]`."""
+        config = self.params.config
+        window = config.text.windows[layer]
+        return attend(  # type: ignore[return-value]  # with log-sum-exps
+            q,
+            k,
+            v,
+            self._works[window],
+            categories=(category,) * config.text.n_heads,
+            window=window,
+            scale=config.text.scale,
+            bidirectional=config.bidirectional,
+            mesh=self.params.mesh,
+        )
+
+    def measure(
+        self,
+        layer: int,
+        q: Array,
+        k: Array,
+        v: Array,
+        dense: tuple[Array, Array],
+        hidden: Array,
+        by_out: Array | None = None,
+    ) -> None:
+        """Measures one layer.
+
+        Args:
+            layer: which.
+            q, k, v: see `attend`.
+            dense: what `attend` gives for `DENSE`.
+            hidden: `[1, T, E]`, what the layer reads.
+            by_out: `[1, T, H, D]`, the gradient by the dense outputs.
+        """
+        stream = None
+        if "residual" in self._rankings:
+            weights = self.params.weights["decoder"]["layers"][layer]
+            stream = stream_of(weights, hidden, dense[0], config=self.params.config)
+        self._found[layer] = [
+            _compare(self.attend(layer, q, k, v, category), dense, self._counted, stream, by_out) for category in SPARSE
+        ]
+
+    def tables(self) -> dict[str, np.ndarray]:
+        """What was measured, `[3, L, H]` float32 each: `"mass"`, `"error"` and each ranking's harm."""
+        found = jax.device_get([self._found[layer] for layer in sorted(self._found)])
+        return {
+            name: np.stack([[by_category[c][name] for by_category in found] for c in range(len(SPARSE))])
+            for name in ("mass", "error", *self._rankings)
+        }
+
+
+def observe(observer: Observer, hidden: Array, positions: np.ndarray) -> None:
+    """Runs one prompt forward, and measures every layer on the way; the ranking `"gradient"` needs more.
+
+    Args:
+        observer: measures.
+        hidden: `[1, T, E]` embeddings; consumed.
+        positions: see `run_layers`.
+    """
+    inputs: list[Array] = []
+
+    def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
+        dense = observer.attend(layer, q, k, v, Category.DENSE)
+        observer.measure(layer, q, k, v, dense, inputs.pop())
+        return dense[0]
+
+    run_layers(observer.params, hidden, positions, attend_layer, lambda _, read: inputs.append(read))
+
+
+@jax.jit
+def _compare(
+    sparse: tuple[Array, Array],
+    dense: tuple[Array, Array],
+    counted: Array,
+    stream: Stream | None,
+    by_out: Array | None,
+) -> dict[str, Array]:
+    """Everything measured of one category, `[H]` each, from `[1, T, H, D]` and `[1, H, T]` of it and of `DENSE`."""
+    out, exact = (x[0][0].astype(jnp.float32) for x in (sparse, dense))
+    change = out - exact  # [T, H, D]
+    size = jnp.linalg.norm(change, axis=-1)
+    rows = {
+        "mass": jnp.exp(sparse[1][0] - dense[1][0]).T,
+        # A pruned head is all zeros.
+        "error": jnp.where(size == 0, 0.0, size / jnp.where(size == 0, 1.0, jnp.linalg.norm(exact, axis=-1))),
+    }
+    if stream is not None:
+        rows["residual"] = moved(stream, change)
+    if by_out is not None:
+        rows["gradient"] = (change * by_out[0].astype(jnp.float32)).sum(axis=-1)
+    sums = {name: jnp.where(counted[:, None] > 0, x, 0.0).sum(axis=0) for name, x in rows.items()}  # [H]
+    return {name: x**2 / 2 if name == "gradient" else x / counted.sum() for name, x in sums.items()}

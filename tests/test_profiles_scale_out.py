@@ -1,0 +1,237 @@
+"""A calibration dealt out, killed, resumed and merged in any way gives the bits of one undisturbed process."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from profile_strategies import fingerprint
+from shared_profiles import SinkTemplate
+from shared_profiles.budget import retune_by_thresholds
+from shared_profiles.classifier import Thresholds
+from shared_profiles.collection import Collector, check_local_block
+from shared_profiles.processes import ALONE, Processes
+from shared_profiles.provenance import make_profile
+from shared_profiles.sink_statistics import LEARN_FROM, SinkMass, learn_template
+from shared_profiles.split import Split
+from shared_profiles.state_files import origin_of, read_origin
+from shared_profiles.statistics import PromptStatistics, Statistics
+
+PAIRS = np.outer([10, 3, 4, 5], [1, 1])
+N = 40
+
+
+class Threads(Processes):
+    """Processes played by threads; one that fails takes the others with it, as closed connections do."""
+
+    def __init__(self, rank, n, barrier, board):
+        self.rank, self.n, self._barrier, self._board = rank, n, barrier, board
+
+    def gather(self, value):
+        self._board[self.rank] = value
+        self._barrier.wait(10)
+        values = list(self._board)
+        self._barrier.wait(10)
+        return values
+
+
+class Killed(Exception):
+    """A process ends in the middle."""
+
+
+class Machine:
+    """Measures prompts, numbers whose even ones have one image, and counts what it measured."""
+
+    def __init__(self, sinks=False):
+        self.measured, self.looked, self.with_sinks = Counter(), Counter(), sinks
+
+    def measure(self, prompt):
+        self.measured[prompt] += 1
+        table = np.random.default_rng(prompt).random((3, 2, 3))
+        return PromptStatistics(50, 2, 20, table, table, PAIRS) if prompt % 2 else None
+
+    def look(self, prompt):
+        self.looked[prompt] += 1
+        rng = np.random.default_rng(prompt)
+        others = rng.random((2, 3, 17)) / 100
+        others[..., (0, 3, 16)] = 0.2  # sinks: both delimiters, and the third token
+        return SinkMass(rng.random((2, 3)), rng.random((2, 3)), others, np.full((2, 17), 5.0)) if prompt % 2 else None
+
+    def run(self, prompts, *, template=None, split=None, processes=ALONE, **options):
+        collector = Collector(
+            iter(prompts), lambda x: {"ids": np.array([x])}, fingerprint(), split=split, processes=processes, **options
+        )
+        if template is None and self.with_sinks:
+            template = collector.template or collector.learn(self.look, 8)
+        return collector.collect(self.measure, template or SinkTemplate())
+
+    def run_on(self, n, prompts_of, **options):
+        """What each of n processes returned or raised; `prompts_of` gives each its prompts."""
+        barrier, board, ended = threading.Barrier(n), [None] * n, [None] * n
+
+        def work(rank):
+            try:
+                ended[rank] = self.run(prompts_of(rank), processes=Threads(rank, n, barrier, board), **options)
+            except (ValueError, threading.BrokenBarrierError) as error:  # of all of them
+                ended[rank] = error
+            except Killed as error:
+                ended[rank] = error
+                barrier.abort()
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(n)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return ended
+
+
+def killed_after(n_prompts, who):
+    """Prompts that end a process of rank `who` once it has been given so many."""
+
+    def prompts_of(rank):
+        for i, prompt in enumerate([*range(N), 3, 5]):  # two come twice
+            if rank == who and i == n_prompts:
+                raise Killed
+            yield prompt
+
+    return prompts_of
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["given-template", "learned-template"])
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [(1, None)],
+        [(2, None)],
+        [(3, None)],
+        [(2, (25, 1)), (2, None)],
+        [(3, (30, 2)), (1, (36, 0)), (4, None)],
+        [(1, (20, 0)), (2, (33, 0)), (1, None)],
+    ],
+    ids=lambda runs: "-then-".join(f"{n}{'-killed' if kill else ''}" for n, kill in runs),
+)
+def test_every_prompt_counts_once_and_every_bit_is_the_same(runs, sinks, tmp_path):
+    """However many processes, killed wherever, resumed by however many."""
+    split, state, one = Split(0.3), tmp_path / "state.npz", Machine(sinks)
+    whole = one.run(range(N), split=split, state=tmp_path / "whole.npz")
+    machine = Machine(sinks)
+    for n, kill in runs:
+        ended = machine.run_on(n, killed_after(*(kill or (None, None))), split=Split(0.3), state=state, save_every=1)
+        if kill:
+            assert all(isinstance(x, Killed | threading.BrokenBarrierError) for x in ended)
+        else:
+            assert all(x == whole for x in ended)
+    assert state.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.npz", "whole.npz"], "no part is left"
+    assert {x for x in machine.measured if x % 2} == {x for x in range(N) if x % 2} - set(split.prompts.values())
+    assert all(n == 1 for x, n in machine.measured.items() if x % 2), "no prompt is measured twice"
+    assert machine.looked.keys() == one.looked.keys(), "a run killed while it learns learns again"
+
+
+def test_a_run_that_died_before_it_could_clean_up(tmp_path):
+    """The state and the parts that it was made of lie side by side: their union is the state."""
+    state = tmp_path / "state.npz"
+    whole = Machine().run(range(N), state=state)
+    whole.save(tmp_path / "state.rank0.npz")
+    Machine().run(range(9), state=tmp_path / "state.rank17.npz")
+    (tmp_path / "state.rankings.npz").write_bytes(b"someone else's")
+    machine = Machine()
+    assert machine.run([], state=state) == whole and not machine.measured
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.npz", "state.rankings.npz"]
+
+
+def test_states_of_other_machines_are_merged(tmp_path):
+    """Whoever reads them, in any order, and with prompts in common."""
+    whole = Machine().run(range(N))
+    for name, prompts in {"a": range(0, 21), "b": range(17, 30), "c": range(25, N)}.items():
+        Machine().run(prompts, state=tmp_path / f"{name}.npz")
+    before = (tmp_path / "b.npz").read_bytes()
+    for state, first, second in (("a", "b", "c"), ("c", "b", "a"), ("new", "c", "a")):
+        path, machine = tmp_path / f"{state}-of-all.npz", Machine()
+        if (tmp_path / f"{state}.npz").exists():
+            path.write_bytes((tmp_path / f"{state}.npz").read_bytes())
+        both = [tmp_path / f"{name}.npz" for name in (first, second)]
+        assert machine.run(range(N), state=path, merge=both) == whole == Statistics.load(path)
+        assert {x for x in machine.measured if x % 2} == ({21, 23} if state == "new" else set())
+    assert (tmp_path / "b.npz").read_bytes() == before, "what is merged is only read"
+
+
+def test_what_does_not_belong_to_this_run_is_refused(tmp_path):
+    other = dict(model=dict(digest="sha256:" + "6f" * 32), template={}, rankings={})
+    for what, changes in other.items():
+        template = SinkTemplate((0,), (1,), 8) if what == "template" else SinkTemplate()
+        origin = origin_of(fingerprint(**changes).digest, template)
+        path = tmp_path / f"{what}.npz"
+        Statistics(2, 3, origin=origin, rankings=["residual"] if what == "rankings" else []).save(path)
+        with pytest.raises(ValueError, match=rf"{what}\.npz must have been measured with this {what}: .* Got .* name"):
+            Machine().run(range(9), state=tmp_path / "state.npz", merge=[path], template=SinkTemplate())
+    Statistics(2, 3, origin="someone's own").save(tmp_path / "own.npz")
+    with pytest.raises(ValueError, match=r"own\.npz must hold the statistics of a calibration\..* \"someone's own\""):
+        Machine().run(range(9), merge=[tmp_path / "own.npz"], template=SinkTemplate())
+    (tmp_path / "profile.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"profile\.json must be a whole file written by Statistics\.save"):
+        Machine().run(range(9), state=tmp_path / "profile.json")
+    with pytest.raises(FileNotFoundError):
+        Machine().run(range(9), merge=[tmp_path / "absent.npz"])
+    assert not (tmp_path / "state.npz").exists() and (tmp_path / "profile.json").read_text() == "{}"
+
+
+def test_processes_must_be_given_the_same_prompts(tmp_path):
+    """Who deals prompts out beforehand would lose most of them in silence."""
+    ended = Machine().run_on(2, lambda rank: range(rank, N, 2), state=tmp_path / "state.npz")
+    assert all("every process must be given the same prompts" in str(error) for error in ended)
+    ended = Machine().run_on(2, lambda rank: range(0, N, 2))
+    assert all("Got none (20 prompts with fewer)" in str(error) for error in ended), "counted over all processes"
+    assert not (tmp_path / "state.npz").exists()
+
+
+def test_a_template_is_learned_from_the_first_prompts_that_are_calibrated_on(tmp_path):
+    split, machine, state = Split(0.3), Machine(sinks=True), tmp_path / "state.npz"
+    statistics = machine.run(range(N), split=split, state=state)
+    expected = [x for x in range(N) if x % 2 and x not in split.prompts.values()][:LEARN_FROM]
+    assert [x for x in machine.looked if x % 2] == expected and len(statistics.sinks) == LEARN_FROM
+    assert all(n == 1 for x, n in (machine.measured + machine.looked).items() if x % 2 == 0), "read once for all"
+    mass = SinkMass.mean(statistics.sinks[i] for i in sorted(statistics.sinks))
+    template = learn_template(mass, 8)
+    assert template == SinkTemplate((0, 3), (1,), 8) == read_origin(statistics.origin)[1]
+
+    profile = make_profile(statistics, Thresholds(), template, fingerprint(), "numbers", [])
+    told = profile.choice["sinks"]
+    assert told == {"prompts": 8, "from_start": pytest.approx([0.2, 0.2]), "from_end": pytest.approx([0.2])}
+    assert retune_by_thresholds(profile, Thresholds(gamma_dense=0.1)).choice["sinks"] == told
+
+    again = Machine(sinks=True)
+    assert again.run(range(N + 20), split=Split(0.3), state=state).origin == statistics.origin
+    assert not again.looked, "the state has the template"
+    with pytest.raises(ValueError, match=r"this template: SinkTemplate\(\(0, 1\), \(1, 2\), 128\). Got S"):
+        again.run(range(N), split=Split(0.3), state=state, template=SinkTemplate())
+    with pytest.raises(ValueError, match=r"Got none \(20 prompts with fewer\)"):
+        Machine(sinks=True).run(range(0, N, 2))
+
+
+def test_sinks_merge_like_records(tmp_path):
+    look = Machine().look
+    a, b = (Statistics(2, 3) for _ in range(2))
+    a.add_sinks("p", look(1))
+    b.add_sinks("q", look(3))
+    b.add_sinks("p", look(1))
+    assert a.merge(b) == b.merge(a) == b.merge(b) == b != a
+    b.save(tmp_path / "b.npz")
+    assert Statistics.load(tmp_path / "b.npz") == b
+    with pytest.raises(ValueError, match="prompt p must have the same values"):
+        a.add_sinks("p", look(3))
+    with pytest.raises(ValueError, match=r"prompt r: sinks must have shape \(2, 3, 17\). Got \(2, 3, 5\)"):
+        a.add_sinks("r", SinkMass(*(np.ones(s) for s in ((2, 3), (2, 3), (2, 3, 5), (2, 5)))))
+
+
+def test_a_width_is_refused_beside_a_template():
+    check_local_block(None, 16)
+    check_local_block(SinkTemplate(), None)
+    with pytest.raises(ValueError, match="local_block must be left out where a template is given"):
+        check_local_block(SinkTemplate(), 128)
+    with pytest.raises(ValueError, match="positive multiple of 8"):
+        check_local_block(None, 12)
