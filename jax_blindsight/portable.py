@@ -1,30 +1,35 @@
-"""The portable attention in XLA: loops over heads, and over the tiles of the work list, a softmax over chunks of keys.
+"""The portable attention in XLA: a loop over teams of tiles, and for each a softmax over chunks of keys.
 
-A tile's rows are the left side of every product, a chunk of keys the right side, one head at a time:
+A tile is some query rows of one head. Its keys are its packed ones and then its range, gathered a chunk at a time:
 
-    tile of rows  x  packed chunk, packed chunk, ...      (gathered once per head)
-                  x  chunk, chunk, ..., chunk             (its range [lo, hi), from the end to the start)
+    rows of tile 0, a head  x  [p p s s s|lo . . . . . .][. . . . . . . . . . hi]
+    rows of tile 1, a head  x  [p p s|lo . . . . . . . .][. . . . . . hi]
+    ...                             a chunk                   a chunk
 
-Loops run as often as the work list says, so nothing is computed for tiles, chunks or causal halves that are not
-there, and nothing grows with T x S. The category of a head says which tiles it walks and is data: one program serves
-every layer. Scores and sums are float32 (float64 for float64).
+The team's tiles are the batch of every product. They may be of any heads and categories: the pairs of a head and a
+tile of its category form one list, numbered and cut into teams as the loop goes. The work list has the longest tiles
+first, so tiles of a team are alike and little is computed for chunks that one has and another has not. Loops run as
+often as the work list says, so nothing is computed for tiles or causal halves that are not there, and nothing grows
+with T x S. The categories are data: one program serves every layer. Scores and sums are float32 (float64 for float64).
 
-All heads of a category at once take no less processor time but, on two cores, two thirds of the wall time: XLA splits
-large products and sums over cores, small ones it does not. But then layers with other categories are other programs.
+One tile at a time takes a tenth less processor time, but XLA leaves such small products on one core: on two, a sparse
+prefill of 16K tokens (`blindsight bench jax-prefill`) took 12.7 s without teams and 9.4 s with them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jax_blindsight.work import GATHERED_ROWS, TILE_ROWS, AttentionWork
+from shared_profiles import Category
 
-# Keys of a chunk: for tiles, for the few rows of gathered tiles, and of packed keys. Small enough that a chunk's scores
-# stay in a core's cache.
-_CHUNK, _GATHERED_CHUNK, _PACKED_CHUNK = 128, 512, 64
-# A range may be this much longer than whole chunks: an image's start delimiter is not worth one.
-_SPARE = 8
+# Tiles of a team: enough for a step to be worth several cores, few enough for short prompts to fill.
+_TEAM = 8
+# Keys of a chunk: for tiles, and for the few rows of gathered ones.
+_CHUNK, _GATHERED_CHUNK = 160, 512
 _HIDDEN = -1e30  # finite, so that a row whose chunk is all hidden gives no NaN
 
 # Per row: the highest score, the sum of exponentials, and the weighted sum of values.
@@ -50,109 +55,107 @@ def attend_sequence(
     n_heads, n_queries, dim = q.shape
     group = n_heads // k.shape[0]
     precise = jnp.promote_types(q.dtype, jnp.float32)
-    zero = jnp.int32(0)  # indices are of one dtype, 64-bit floats or not
+    packed_keys, n_tiles, n_gathered = (jnp.asarray(x) for x in (work.packed, work.n_tiles, work.n_gathered))
+    # Heads by category, those left out first, and where each category begins.
+    by_category = jnp.argsort(categories).astype(jnp.int32)
+    count = (categories[:, None] == jnp.arange(len(Category))).sum(axis=0, dtype=jnp.int32)  # [4]
+    first = n_heads - jnp.cumsum(count[::-1], dtype=jnp.int32)[::-1]
 
-    def add_head(h: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        kv, wanted, category = h // group, categories[h] >= 0, jnp.maximum(categories[h], 0)
-        positions = work.packed[category]
-        packed_k, packed_v = (x.at[kv, positions].get(mode="clip") for x in (k, v))  # [P, D]
+    def walk(
+        carry: tuple[Array, Array], tiles: Array, n_real: Array, chunk: int, rows_of: Callable[[Array], Array]
+    ) -> tuple[Array, Array]:
+        """Adds the rows of `tiles` `[4, n, 7]`, of which `n_real` `[4]` are real.
 
-        def attend_rows(
-            q_rows: Array, rows: Array, chunk: int, lo: Array, hi: Array, open_to: Array, p_start: Array, p_stop: Array
-        ) -> tuple[Array, Array]:
-            """`[R, D]` queries at `rows` `[R]` -> `[R, D]`, `[R]`."""
-            shape = rows.shape
-            state = (jnp.full(shape, _HIDDEN, precise), jnp.zeros(shape, precise), jnp.zeros((*shape, dim), precise))
+        `rows_of` takes the tiles of a team, `[A, 7]`, to positions `[A, R]`; `q_start + T` is no row.
+        """
+        pairs = count * n_real  # tile by tile, and each by all heads of the category
+        end = jnp.cumsum(pairs, dtype=jnp.int32)
 
-            def packed_step(i: Array, state: _State) -> _State:
-                begin = p_start + i * _PACKED_CHUNK
-                at = jnp.minimum(begin, positions.shape[0] - _PACKED_CHUNK)
-                index = at + jnp.arange(_PACKED_CHUNK, dtype=jnp.int32)
-                real = (index >= begin) & (index < p_stop)
-                shown = jnp.broadcast_to(real, (rows.shape[0], _PACKED_CHUNK))
-                if window is not None:
-                    where = lax.dynamic_slice_in_dim(positions, at, _PACKED_CHUNK)
-                    shown &= where > rows[:, None] - window
-                some_k, some_v = (lax.dynamic_slice_in_dim(x, at, _PACKED_CHUNK) for x in (packed_k, packed_v))
-                return _absorb(state, q_rows, some_k, some_v, real, shown, scale)
-
-            state = lax.fori_loop(0, (p_stop - p_start + _PACKED_CHUNK - 1) // _PACKED_CHUNK, packed_step, state)
-            width = min(chunk + _SPARE, k.shape[1])
-            n_chunks = jnp.maximum((hi - lo - _SPARE + chunk - 1) // chunk, 1)
-
-            def step(i: Array, state: _State) -> _State:
-                stop = hi - i * chunk
-                start = jnp.where(i == n_chunks - 1, lo, stop - chunk)
-                at = jnp.clip(stop - width, 0, k.shape[1] - width)
-                key = at + jnp.arange(width, dtype=jnp.int32)
-                real = (key >= start) & (key < stop)
-                shown = real & (key < jnp.maximum(rows[:, None] + 1, open_to))
-                if window is not None:
-                    shown &= key > rows[:, None] - window
-                some_k, some_v = (lax.dynamic_slice(x, (kv, at, zero), (1, width, dim))[0] for x in (k, v))
-                return _absorb(state, q_rows, some_k, some_v, real, shown, scale)
-
-            peak, total, weighted = lax.fori_loop(0, n_chunks, step, state)
-            return (weighted / total[:, None]).astype(q.dtype), peak + jnp.log(total)
-
-        def tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            row_start, row_stop, lo, hi, open_to, p_start, p_stop = work.tiles[category, i]
-            n_rows = min(TILE_ROWS, n_queries)
-            at = jnp.clip(row_start - work.q_start, 0, n_queries - n_rows)
-            rows = at + work.q_start + jnp.arange(n_rows, dtype=jnp.int32)
-            q_rows = lax.dynamic_slice(q, (h, at, zero), (1, n_rows, dim))[0]
-            o, m = attend_rows(q_rows, rows, _CHUNK, lo, hi, open_to, p_start, p_stop)
-            mine = (rows >= row_start) & (rows < row_stop)
+        def team(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            # The last team is filled up with the last pair, computed several times alike.
+            pair = jnp.minimum(i * _TEAM + jnp.arange(_TEAM, dtype=jnp.int32), end[-1] - 1)
+            category = (pair[:, None] >= end).sum(axis=1, dtype=jnp.int32)
+            pair -= (end - pairs)[category]
+            head = by_category[first[category] + pair % count[category]]
+            tile = tiles[category, pair // count[category]]
+            rows = rows_of(tile)
+            head, index = head[:, None], rows - work.q_start
+            q_rows = q.at[head, index].get(mode="clip")
+            o, m = attend_rows(q_rows, rows[..., None], head // group, category[:, None], tile, chunk)
             out, lse = carry
-            old_o = lax.dynamic_slice(out, (at, h, zero), (n_rows, 1, dim))[:, 0]
-            old_m = lax.dynamic_slice(lse, (h, at), (1, n_rows))[0]
-            out = lax.dynamic_update_slice(out, jnp.where(mine[:, None], o, old_o)[:, None], (at, h, zero))
-            return out, lax.dynamic_update_slice(lse, jnp.where(mine, m, old_m)[None], (h, at))
+            return out.at[index, head].set(o, mode="drop"), lse.at[head, index].set(m, mode="drop")
 
-        def gathered_tile(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            first, stop, lo, hi = work.gathered[i]
-            which = first + jnp.arange(GATHERED_ROWS, dtype=jnp.int32)  # the last tile may hang over the end
-            rows = jnp.take(work.gathered_rows, which, mode="clip")
-            index = jnp.where(which < stop, rows - work.q_start, n_queries)
-            q_rows = q.at[h, index].get(mode="clip")
-            o, m = attend_rows(q_rows, rows, _GATHERED_CHUNK, lo, hi, zero, zero, zero)
-            out, lse = carry
-            return out.at[index, h].set(o, mode="drop"), lse.at[h, index].set(m, mode="drop")
+        return lax.fori_loop(0, (end[-1] + _TEAM - 1) // _TEAM, team, carry)
 
-        carry = lax.fori_loop(0, wanted * work.n_tiles[category], tile, carry)
-        return lax.fori_loop(0, wanted * work.n_gathered[category], gathered_tile, carry)
+    def attend_rows(
+        q_rows: Array, rows: Array, kv: Array, category: Array, tile: Array, chunk: int
+    ) -> tuple[Array, Array]:
+        """`[A, R, D]` queries at `rows` `[A, R, 1]` -> `[A, R, D]`, `[A, R]`; kv and category `[A, 1]`."""
+        _, _, lo, hi, open_to, p_start, p_stop = (tile[:, j, None] for j in range(7))  # [A, 1]
+        n_packed = p_stop - p_start
+        n = n_packed + hi - lo
+        shape = q_rows.shape[:2]
 
-    nothing_yet = jnp.zeros((n_queries, n_heads, dim), q.dtype), jnp.full((n_heads, n_queries), -jnp.inf, precise)
-    return lax.fori_loop(zero, jnp.int32(n_heads), add_head, nothing_yet)
+        def step(i: Array, state: _State) -> _State:
+            which = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
+            packed = packed_keys.at[category, p_start + which].get(mode="clip")
+            key = jnp.where(which < n_packed, packed, lo + which - n_packed)  # [A, C]
+            real = which < n
+            shown = real[:, None] & (key[:, None] < jnp.maximum(rows + 1, open_to[..., None]))
+            if window is not None:
+                shown &= key[:, None] > rows - window
+            some_k, some_v = (x.at[kv, key].get(mode="clip") for x in (k, v))
+            return _absorb(state, q_rows, some_k, some_v, real, shown, scale)
+
+        state = jnp.full(shape, _HIDDEN, precise), jnp.zeros(shape, precise), jnp.zeros((*shape, dim), precise)
+        peak, total, weighted = lax.fori_loop(0, (n.max() + chunk - 1) // chunk, step, state)
+        return (weighted / total[..., None]).astype(q.dtype), peak + jnp.log(total)
+
+    def neighbours(tile: Array) -> Array:
+        """Rows of tiles of neighbouring rows."""
+        rows = tile[:, :1] + jnp.arange(min(TILE_ROWS, n_queries), dtype=jnp.int32)
+        return jnp.where(rows < tile[:, 1:2], rows, work.q_start + n_queries)
+
+    def scattered(tile: Array) -> Array:
+        """Rows of gathered tiles."""
+        which = tile[:, :1] + jnp.arange(GATHERED_ROWS, dtype=jnp.int32)
+        rows = jnp.take(work.gathered_rows, which, mode="clip")
+        return jnp.where(which < tile[:, 1:2], rows, work.q_start + n_queries)
+
+    carry = jnp.zeros((n_queries, n_heads, dim), q.dtype), jnp.full((n_heads, n_queries), -jnp.inf, precise)
+    carry = walk(carry, jnp.asarray(work.tiles), n_tiles, _CHUNK, neighbours)
+    # Gathered tiles are the same under every category that has them.
+    gathered = jnp.broadcast_to(work.gathered, (len(Category), *work.gathered.shape))
+    return walk(carry, gathered, n_gathered, _GATHERED_CHUNK, scattered)
 
 
 def _absorb(state: _State, q: Array, k: Array, v: Array, real: Array, shown: Array, scale: float) -> _State:
     """Adds a chunk of keys to a running softmax.
 
     Args:
-        state: what came before: `[R]`, `[R]`, `[R, D]`.
-        q: queries `[R, D]`.
-        k, v: `[C, D]`.
-        real: `[C]` keys that exist for the tile; the others' values may be anything, NaN included.
-        shown: `[R, C]` keys that a row may look at.
+        state: what came before: `[A, R]`, `[A, R]`, `[A, R, D]`.
+        q: queries `[A, R, D]`.
+        k, v: `[A, C, D]`.
+        real: `[A, C]` keys that exist for the tile; the others' values may be anything, NaN included.
+        shown: `[A, R, C]` keys that a row may look at.
         scale: factor on the scores.
     """
     peak, total, weighted = state
-    scores = jnp.where(shown, _dot(q, k, 1) * scale, _HIDDEN)  # [R, C]
+    scores = jnp.where(shown, _dot(q, k, 2) * scale, _HIDDEN)  # [A, R, C]
     new_peak = jnp.maximum(peak, scores.max(axis=-1))
-    weights = jnp.exp(scores - new_peak[:, None])
+    weights = jnp.exp(scores - new_peak[..., None])
     faded = jnp.exp(peak - new_peak)
-    v = jnp.where(real[:, None], v, 0)
+    v = jnp.where(real[..., None], v, 0)
     total = total * faded + weights.sum(axis=-1)
-    return new_peak, total, weighted * faded[:, None] + _dot(weights.astype(v.dtype), v, 0)
+    return new_peak, total, weighted * faded[..., None] + _dot(weights.astype(v.dtype), v, 1)
 
 
 def _dot(a: Array, b: Array, axis: int) -> Array:
-    """The product of `a`'s last axis with `b`'s `axis`, summed in at least float32."""
+    """Batched product of `a`'s last axis with `b`'s `axis`, summed in at least float32."""
     return lax.dot_general(
         a,
         b,
-        (((1,), (axis,)), ((), ())),
+        (((2,), (axis,)), ((0,), (0,))),
         precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,  # no TF32
         preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
     )

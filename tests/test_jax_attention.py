@@ -20,6 +20,7 @@ from blindsight_kernels.reference import reference_attention
 from jax_blindsight import attention
 from jax_blindsight.attention import attend
 from jax_blindsight.implementations import build_work, implementation
+from jax_blindsight.portable import attend_sequence
 from jax_blindsight.work import attention_work
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from strategies import chunks, layouts, templates
@@ -106,6 +107,21 @@ def test_any_ratio_of_query_heads_to_kv_heads(group):
         SinkTemplate(local_block=16),
         draw_inputs(0, 1, 8, 8 // group, 100, 100, DIM),
     )
+
+
+def test_heads_left_out_are_zero_and_do_not_move_the_others():
+    layout = Layout(100, 0, 100, np.array([(5, 6, 40, 41), (50, 51, 90, 91)]))
+    template, categories = SinkTemplate(local_block=16), np.array((-1, 3, 0, -1, -1, 1))
+    work = jax.tree.map(lambda x: x[0], attention_work([layout], template, n_queries=100, n_keys=100))
+    inputs = draw_inputs(0, 1, 6, 2, 100, 100, DIM)
+    q, k, v = (jnp.asarray(x[0], jnp.float32) for x in inputs)
+    out, lse = jax.jit(partial(attend_sequence, window=None, scale=0.3))(q, k, v, work, jnp.asarray(categories))
+    wanted = categories >= 0
+    want, want_lse = reference_attention(*inputs, [layout], np.maximum(categories, 0), template, scale=0.3)
+    np.testing.assert_allclose(out.swapaxes(0, 1)[wanted], want[0, wanted], rtol=0, atol=3e-6)
+    np.testing.assert_allclose(lse[wanted], want_lse[0, wanted], rtol=0, atol=3e-6)
+    assert not out[:, ~wanted].any()
+    assert (lse[~wanted] == -np.inf).all()
 
 
 def test_rows_marked_dense_are_dense_in_every_head():

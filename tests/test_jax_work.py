@@ -29,6 +29,18 @@ def test_shapes_depend_on_buckets_alone_and_are_int32():
     assert all(shape[0] == 1 for shape in shapes[0])  # every array leads with B
 
 
+@pytest.mark.parametrize("window", [None, 300])
+def test_the_longest_tiles_come_first(window):
+    """So that tiles computed together read about as many keys; gathered ones too."""
+    layout = Layout(3000, 0, 3000, np.array([(b, b + 1, b + 701, b + 702) for b in range(5, 2200, 720)]))
+    work = attention_work([layout], SinkTemplate(), window=window, n_queries=3000, n_keys=3000)
+    tables = [table[:n] for table, n in zip(work.tiles[0], work.n_tiles[0], strict=True)]
+    for table in (*tables, work.gathered[0, : work.n_gathered.max()]):
+        _, _, lo, hi, _, packed_start, packed_stop = table.T
+        assert len(table) > 1
+        assert (np.diff(hi - lo + packed_stop - packed_start) <= 0).all()
+
+
 def test_a_long_prompt_makes_small_tables():
     """300K tokens in 150 images: no table grows with rows times keys."""
     n = 150 * 2000
