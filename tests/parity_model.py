@@ -23,7 +23,8 @@ from shared_profiles.profile import Profile
 from tiny_models import patch
 
 N_NEW = 64  # tokens of an answer
-ULPS = 8  # last places of float32 at the largest value, beyond twice the error of transformers itself
+ULPS = 8  # last places of float32 at the largest value, beyond `TIMES` the error of transformers itself
+TIMES = 3  # not twice, as for a kernel alone: the attention of the plain run, by definition, sums in float64
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class Bar:
         allowed = {}
         for name, truth in self.truth.points.items():
             error = np.abs(self.plain.points[name] - truth).max()
-            allowed[name] = float(2 * error + ULPS * np.finfo(np.float32).eps * np.abs(truth).max())
+            allowed[name] = float(TIMES * error + ULPS * np.finfo(np.float32).eps * np.abs(truth).max())
         object.__setattr__(self, "allowed", allowed)
 
     def gaps(self, got: Trace, want: Trace | None = None) -> list[Gap]:
