@@ -109,7 +109,7 @@ def test_how_a_difference_is_told():
     bar = Bar(truth, plain)
     assert bar.divergence(plain) is None
     assert bar.divergence(replace(plain, points=plain.points | {"logits": np.full((2, 3), 6.0)})) == (
-        "first divergence: logits, equal up to embeddings. Error 2, allowed 1, relative 0.5; 1 of 2 points differ."
+        "first divergence: logits, equal up to embeddings. Error 2, allowed 1.5, relative 0.5; 1 of 2 points differ."
     )
     gone = replace(plain, points=plain.points | {"embeddings": np.full((2, 2), np.nan)})
     assert "first divergence: embeddings, from the very start. Error inf" in bar.divergence(gone)

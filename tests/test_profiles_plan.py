@@ -36,7 +36,7 @@ def expand(plan, category: Category) -> np.ndarray:
     return seen
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.data(), layouts() | pruned_layouts(), templates, windows)
 def test_the_plan_is_the_definition(data, layout, template, window):
     q_start, q_stop = data.draw(chunks(layout))
