@@ -12,9 +12,9 @@ import torch
 from blindsight_cli.loading import load_checkpoint
 from blindsight_cli.smallvlm import train as training
 from blindsight_cli.smallvlm.build import FAMILIES, make_model, make_processor
-from blindsight_cli.smallvlm.curriculum import RECIPES, Stage, stage_at
+from blindsight_cli.smallvlm.curriculum import RECIPES, SHIPPED, Recipe, Stage
 from blindsight_cli.smallvlm.evaluate import to_inputs
-from blindsight_cli.smallvlm.optimizers import Muon
+from blindsight_cli.smallvlm.optimizers import OPTIMIZERS, Muon
 from blindsight_cli.smallvlm.packed import SLOT, PackedLayout, PictureBank, make_batch, packed_logits, prepare
 from blindsight_cli.smallvlm.puzzles import KINDS, make_puzzle
 from blindsight_cli.smallvlm.vocabulary import IMAGE_PAD, VOCAB
@@ -72,7 +72,8 @@ def toy(monkeypatch):
     monkeypatch.setattr(training, "VARIANTS", 1)
     monkeypatch.setattr(training, "STATE_EVERY", 2)
     monkeypatch.setattr(training, "LOG_EVERY", 1)
-    monkeypatch.setattr(training, "stage_at", lambda family, step: Stage(9, (1, 2), None, 2, 3, (1, 1, 0, 0, 0, 0)))
+    stage = Stage(9, (1, 2), None, 2, 3, (1, 1, 0, 0, 0, 0))
+    monkeypatch.setattr(training, "RECIPES", {name: Recipe(1e-3, 5, (stage,)) for name in RECIPES})
 
 
 def weights(folder):
@@ -84,7 +85,7 @@ def weights(folder):
 def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(family, toy, tmp_path, monkeypatch):
     """Killed after step 3 of 5, with the state of step 2, and resumed: the same weights and record, no state left."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    training.train(whole, family, 5, 0)
+    training.train(whole, family, SHIPPED[family], 5, 0)
     advance = training.Training.advance
 
     def killed(self):
@@ -94,11 +95,11 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(fami
 
     monkeypatch.setattr(training.Training, "advance", killed)
     with pytest.raises(KeyboardInterrupt):
-        training.train(parts, family, 5, 0)
+        training.train(parts, family, SHIPPED[family], 5, 0)
     assert json.loads((parts / "training.json").read_text())["steps"] == 2
     assert weights(parts) != weights(whole)
     monkeypatch.setattr(training.Training, "advance", advance)
-    training.train(parts, family, 5, 0)
+    training.train(parts, family, SHIPPED[family], 5, 0)
     assert weights(parts) == weights(whole)
     assert sorted(p.name for p in parts.iterdir()) == sorted(p.name for p in whole.iterdir())
     assert not (parts / training.STATE).exists()
@@ -110,23 +111,26 @@ def test_an_interrupted_training_ends_with_the_bits_of_an_uninterrupted_one(fami
 
 def test_a_training_is_never_continued_as_another_one(toy, tmp_path, monkeypatch):
     """A folder with the state of other settings, or with a finished training, is left alone."""
-    training.train(tmp_path, "qwen2_vl", 2, 0)
+    training.train(tmp_path, "qwen2_vl", "muon", 2, 0)
     before = weights(tmp_path)
     with pytest.raises(ValueError, match="finished training"):
-        training.train(tmp_path, "qwen2_vl", 2, 0)
-    begun = training.Training("qwen2_vl", 4, 0)
+        training.train(tmp_path, "qwen2_vl", "muon", 2, 0)
+    begun = training.Training("qwen2_vl", "muon", 4, 0)
     begun.advance()
     begun.save(tmp_path / "begun")
-    with pytest.raises(ValueError, match="must be the state of this training"):
-        training.train(tmp_path / "begun", "qwen2_vl", 4, 1)
+    for optimizer, seed in (("muon", 1), ("adamw", 0)):
+        with pytest.raises(ValueError, match="must be the state of this training"):
+            training.train(tmp_path / "begun", "qwen2_vl", optimizer, 4, seed)
     assert weights(tmp_path) == before
 
 
 def test_stages_lead_from_one_picture_to_six():
-    """Every family's stages end where the next begins; the last one asks every kind about up to six pictures."""
-    for family in FAMILIES:
-        stages = RECIPES[family].stages
-        assert [stage_at(family, step) for step in (0, stages[0].until, 10**6)] == [stages[0], stages[1], stages[-1]]
+    """Every recipe's stages end where the next begins; the last one asks every kind about up to six pictures."""
+    assert set(SHIPPED) == set(FAMILIES)
+    assert set(SHIPPED.values()) <= set(RECIPES) == set(OPTIMIZERS)
+    for recipe in RECIPES.values():
+        stages = recipe.stages
+        assert [recipe.stage_at(step) for step in (0, stages[0].until, 10**6)] == [stages[0], stages[1], stages[-1]]
         assert stages[0].images == (1,)
         assert max(stages[-1].images) == 6
         assert min(stages[-1].weights) > 0

@@ -39,19 +39,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a family is trained.
+    """How a model is trained.
 
     Attributes:
-        optimizer: a key of `optimizers.OPTIMIZERS`.
-        peak: its highest learning rate.
+        peak: the highest learning rate.
         steps: how many there are.
         stages: what they show.
     """
 
-    optimizer: str
     peak: float
     steps: int
     stages: tuple[Stage, ...]
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage that a step belongs to."""
+        return next(stage for stage in self.stages if step < stage.until)
 
 
 _ONE, _FEW, _MANY = (1,), (2, 3), (2, 3, 4, 5, 6)
@@ -69,13 +71,6 @@ _SISTERS = (
     Stage(700, _FEW, None, 32, 10, _HARD),
     Stage(np.inf, _MANY, _CHANCES, 24, 14, _HARD),
 )
-RECIPES = {
-    "qwen2_5_vl": Recipe("adamw", 1.5e-3, 5500, _FIRST),
-    "qwen2_vl": Recipe("muon", 4e-3, 2000, _SISTERS),
-    "gemma3": Recipe("muon", 4e-3, 2000, _SISTERS),
-}
-
-
-def stage_at(family: str, step: int) -> Stage:
-    """The stage that a step belongs to."""
-    return next(stage for stage in RECIPES[family].stages if step < stage.until)
+# A recipe belongs to an optimizer, a key of `optimizers.OPTIMIZERS`: rates and steps of one do not suit another.
+RECIPES = {"adamw": Recipe(1.5e-3, 5500, _FIRST), "muon": Recipe(4e-3, 2000, _SISTERS)}
+SHIPPED = {"qwen2_5_vl": "adamw", "qwen2_vl": "muon", "gemma3": "muon"}  # how each shipped model was trained

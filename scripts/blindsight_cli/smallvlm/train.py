@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from blindsight_cli.smallvlm.build import FAMILIES, make_model, make_processor
-from blindsight_cli.smallvlm.curriculum import RECIPES, stage_at
+from blindsight_cli.smallvlm.curriculum import RECIPES, SHIPPED
 from blindsight_cli.smallvlm.optimizers import OPTIMIZERS
 from blindsight_cli.smallvlm.packed import PackedLayout, PictureBank, make_batch, packed_logits, prepare
 from blindsight_cli.smallvlm.puzzles import KINDS
@@ -56,10 +56,11 @@ class Training:
         model: the model.
     """
 
-    def __init__(self, family: str, steps: int, seed: int):
-        recipe = RECIPES[family]
+    def __init__(self, family: str, optimizer: str, steps: int, seed: int):
+        self.recipe = RECIPES[optimizer]
+        peak = self.recipe.peak
         self.settings: dict[str, Any] = dict(
-            family=family, of=steps, seed=seed, optimizer=recipe.optimizer, peak_learning_rate=recipe.peak
+            family=family, of=steps, seed=seed, optimizer=optimizer, peak_learning_rate=peak
         )
         self.family, self.steps = FAMILIES[family], steps
         torch.manual_seed(seed)
@@ -67,7 +68,7 @@ class Training:
         self.model = make_model(family)
         prepare(self.model)
         compile_layers(self.model)
-        self.optimizers = OPTIMIZERS[recipe.optimizer](self.model, recipe.peak)
+        self.optimizers = OPTIMIZERS[optimizer](self.model, peak)
         self.peaks = [group["lr"] for group in self._groups()]
         self.bank = PictureBank(VARIANTS, self.rng)
         self.layout = cache(partial(PackedLayout, self.model))
@@ -79,7 +80,7 @@ class Training:
 
     def advance(self) -> dict[str, Any] | None:
         """Takes one step; returns what it logged, if anything."""
-        stage = stage_at(self.settings["family"], self.step)
+        stage = self.recipe.stage_at(self.step)
         layout = self.layout(stage.draw_images(self.rng), stage.questions)
         ids, goal, pixels, drawn = make_batch(self.family, layout, self.bank, stage.weights, stage.prompts, self.rng)
         for group, peak in zip(self._groups(), self.peaks, strict=True):
@@ -147,7 +148,7 @@ class Training:
         torch.set_rng_state(state["torch_rng"])
 
 
-def train(out: Path, family: str, steps: int, seed: int) -> None:
+def train(out: Path, family: str, optimizer: str, steps: int, seed: int) -> None:
     """Trains for `steps` steps, going on from a state in `out`; writes the checkpoint, processor and record into it.
 
     Raises:
@@ -155,7 +156,7 @@ def train(out: Path, family: str, steps: int, seed: int) -> None:
     """
     if (out / RECORD).exists() and not (out / STATE).exists():
         raise ValueError(f"{out} holds a finished training. Choose another folder, or remove this one.")
-    training = Training(family, steps, seed)
+    training = Training(family, optimizer, steps, seed)
     if (out / STATE).exists():
         training.restore(out / STATE)
     start = time.perf_counter()
@@ -172,10 +173,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--family", choices=tuple(FAMILIES), default="qwen2_5_vl")
-    parser.add_argument("--steps", type=int, help="default: what the family's recipe says")
+    parser.add_argument("--optimizer", choices=tuple(RECIPES), help="default: the one of the family's shipped model")
+    parser.add_argument("--steps", type=int, help="default: what the optimizer's recipe says")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    train(args.out, args.family, args.steps or RECIPES[args.family].steps, args.seed)
+    optimizer = args.optimizer or SHIPPED[args.family]
+    train(args.out, args.family, optimizer, args.steps or RECIPES[optimizer].steps, args.seed)
 
 
 if __name__ == "__main__":
