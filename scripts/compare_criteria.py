@@ -5,8 +5,9 @@ PYTHONPATH=.:kernels:scripts python scripts/compare_criteria.py --checkpoint DIR
 Every criterion gives a harm per head and category, and that a path from all-Dense to all-cheapest
 (`shared_profiles.path`); points of each path are measured on the same questions. Then: what the budget's own choice is
 worth on many questions, how stable the gradient's choice is over prompts, what it is worth on questions unlike those
-it was calibrated on, and what the thresholds do instead. Writes `criteria/NAME.json`, then `criteria.md` and
-`../criteria.svg` of all models that have such a file; what was measured already is in the state and not measured again.
+it was calibrated on, what the thresholds do instead, and what further sinks are worth. Writes `criteria/NAME.json`,
+then `criteria.md` and `../criteria.svg` of all models that have such a file; what was measured already is in the state
+and not measured again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=480, help="per measured point")
     parser.add_argument("--target-questions", type=int, default=4200, help="for the budget's own choice")
     parser.add_argument("--random", type=int, default=3, help="random rankings")
-    parser.add_argument("--parts", nargs="*", default=["criteria", "target", "stability", "transfer", "knobs"])
+    parser.add_argument("--parts", nargs="*", default=["criteria", "target", "stability", "transfer", "knobs", "sinks"])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     asked = parser.parse_args()
     name = asked.name or asked.checkpoint.name
@@ -57,6 +58,7 @@ def main() -> None:
                 "stability": lambda: criteria.stability(study, six),
                 "transfer": lambda: criteria.transfer(study, asked.questions),
                 "knobs": lambda: criteria.knobs(study, six),
+                "sinks": lambda: criteria.sinks(study, six),
             }[part]()
             write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
     studies = {file.stem: json.loads(file.read_text()) for file in sorted(path.parent.glob("*.json"))}

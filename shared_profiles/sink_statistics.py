@@ -26,7 +26,7 @@ LEARN_FROM = 8  # prompts that `calibrate` learns a template from
 
 # A head has a sink at an offset that draws at least `LIFT` times the mass of an average token of other images, and at
 # least `SHARE` of all that the head gives to other images; heads that give them less than `LOOKS` do not count. An
-# offset that `HEADS` of the heads that count have as a sink is in the template, at most `MOST` beside the delimiters.
+# offset that `HEADS` of the heads that count have as a sink is in the template, at most `MOST` beside the ends.
 LIFT, SHARE, LOOKS, HEADS, MOST = 4.0, 0.05, 0.01, 0.05, 6
 
 
@@ -151,17 +151,18 @@ def sink_heads(mass: SinkMass) -> np.ndarray:
 def learn_template(mass: SinkMass, local_block: int = SinkTemplate.local_block) -> SinkTemplate:
     """The sink template that measured mass leads to, by the rule stated above.
 
-    The delimiters, offset 0 from the start and 1 from the end, are always sinks.
+    An image's ends are always sinks: its delimiters and, inside them, its first and its last token. Those two draw
+    hardly more mass than others, and yet what they tell of their image keeps the answer (docs/results/criteria.md).
 
     Args:
         mass: the mean over calibration prompts.
         local_block: see `SinkTemplate`.
     """
     shares, weight, reach = sink_heads(mass), mass.others.sum((0, 1)), mass.reach
-    inner = [b for b in range(1, 2 * reach) if shares[b] > 0 and shares[b] >= HEADS]
+    inner = [b for b in range(2, 2 * reach - 1) if shares[b] > 0 and shares[b] >= HEADS]
     best = sorted(inner, key=lambda b: (-shares[b], -weight[b]))[:MOST]
-    from_start = (0, *sorted(b for b in best if b < reach))
-    from_end = (1, *sorted(2 * reach + 1 - b for b in best if b > reach))
+    from_start = (0, 1, *sorted(b for b in best if b < reach))
+    from_end = (1, 2, *sorted(2 * reach + 1 - b for b in best if b > reach))
     return SinkTemplate(from_start, from_end, local_block)
 
 

@@ -58,18 +58,18 @@ def measured(others, pairs=(1, 1, 1, 10, 1, 1, 1)):
 
 
 def test_a_head_that_looks_everywhere_alike_has_no_sinks():
-    """Uniform mass per token: strength 1 in every bin, and the delimiters alone are the template."""
+    """Uniform mass per token: strength 1 in every bin, and the ends alone are the template."""
     mass = measured([np.array([1, 1, 1, 10, 1, 1, 1]) / 40])
     np.testing.assert_allclose(mass.strength, 1.0, rtol=1e-6)
-    assert learn_template(mass, 16) == SinkTemplate((0,), (1,), 16)
+    assert learn_template(mass, 16) == SinkTemplate((0, 1), (1, 2), 16)
 
 
 @pytest.mark.parametrize(
     ("planted", "expected"),
-    [(0, ((0,), (1,))), (2, ((0, 2), (1,))), (4, ((0,), (1, 3))), (5, ((0,), (1, 2))), (3, ((0,), (1,)))],
+    [(0, ((0, 1), (1, 2))), (2, ((0, 1, 2), (1, 2))), (4, ((0, 1), (1, 2, 3))), (3, ((0, 1), (1, 2)))],
 )
 def test_a_planted_sink_is_found_at_its_offset(planted, expected):
-    """One bin draws three quarters of the mass: it joins the delimiters; the middle is no offset and never does."""
+    """One bin draws three quarters of the mass: it joins the ends; the middle is no offset and never does."""
     others = np.array([1, 1, 1, 10, 1, 1, 1]) / 160
     others[planted] += 0.3
     template = learn_template(measured([others] * 4))
@@ -80,9 +80,9 @@ def test_heads_that_look_away_or_are_few_decide_nothing():
     """A sink of heads that give other images next to nothing is none, nor is one of a head in thirty."""
     flat = np.array([1, 1, 1, 10, 1, 1, 1]) / 40
     sink = np.eye(N_BINS)[2] * 0.3
-    assert learn_template(measured([flat] * 10 + [sink])).from_start == (0, 2)
-    assert learn_template(measured([flat] * 30 + [sink])).from_start == (0,)
-    assert learn_template(measured([flat] * 10 + [sink / 100] * 30)).from_start == (0,)
+    assert learn_template(measured([flat] * 10 + [sink])).from_start == (0, 1, 2)
+    assert learn_template(measured([flat] * 30 + [sink])).from_start == (0, 1)
+    assert learn_template(measured([flat] * 10 + [sink / 100] * 30)).from_start == (0, 1)
     assert sink_heads(measured([flat] * 3 + [sink] + [sink / 100] * 30))[2] == 0.25
 
 
@@ -91,14 +91,14 @@ def test_the_most_shared_sinks_fill_the_template_first():
     reach = 8
     others = np.zeros((1, 100, 17))
     for head in range(100):
-        others[0, head, [1, 2, 3, 4] if head < 50 else [5, 6, 7, 15]] = 0.1
-    others[0, :5, 1] = 0
+        others[0, head, [2, 3, 4, 5] if head < 50 else [6, 7, 13, 14]] = 0.1
+    others[0, :5, 2] = 0
     zeros = np.zeros((1, 100))
     mass = SinkMass(zeros, zeros, others, np.array([[1.0] * reach + [1000] + [1.0] * reach]))
     template = learn_template(mass)
-    assert len(template.from_start) + len(template.from_end) - 2 == MOST
-    assert 1 not in template.from_start
-    assert {2, 3, 4} < set(template.from_start)
+    assert len(template.from_start) + len(template.from_end) - 4 == MOST
+    assert 2 not in template.from_start
+    assert {3, 4, 5} < set(template.from_start)
 
 
 def test_the_mean_is_over_prompts_and_refuses_none():

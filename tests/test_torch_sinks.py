@@ -99,19 +99,19 @@ def test_no_matrix_of_the_prompts_length_squared_exists(monkeypatch):
     assert 0 < largest.n <= 1 << 18
 
 
-@pytest.mark.parametrize("offset", [1, 2, -2, -3])
+@pytest.mark.parametrize("offset", [2, -3])
 def test_a_planted_sink_is_learned(offset):
-    """Keys that every query likes, at one offset of every image: that offset joins the template, no other."""
+    """Keys that every query likes, at one offset of every image: that offset joins the ends, no other."""
     rows = np.arange(4)[:, None] * 26 + np.array([2, 3, 23, 24])
     layout = Layout(110, 0, 110, rows)
     q, k, _ = (x[0] for x in draw_inputs(1, 1, 4, 2, 110, 110, 8, torch.float32))
     places = rows[:, 0] + offset if offset > 0 else rows[:, 3] + offset
     q[..., 0], k[..., 0] = 4.0, 0.0
     plain = learn_template(metered(q, k, layout, 0.35, None))
-    assert (plain.from_start, plain.from_end) == ((0,), (1,))
+    assert (plain.from_start, plain.from_end) == ((0, 1), (1, 2))
     k[:, places, 0] = 4.0
     template = learn_template(metered(q, k, layout, 0.35, None))
-    expected = ((0, offset), (1,)) if offset > 0 else ((0,), (1, -offset))
+    expected = ((0, 1, offset), (1, 2)) if offset > 0 else ((0, 1), (1, 2, -offset))
     assert (template.from_start, template.from_end) == expected
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from blindsight_cli.backends import Backend, Prompt
+from shared_profiles import SinkTemplate
 from shared_profiles.budget import Measured, divergence
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, prompt_digest
@@ -45,13 +46,18 @@ class HeldOut:
         """One hash of all of them."""
         return dataset_hash(self.prompts)
 
-    def log_probs(self, categories: np.ndarray) -> np.ndarray:
+    def log_probs(self, categories: np.ndarray, template: SinkTemplate | None = None) -> np.ndarray:
         """The next tokens with categories `[L, H]`: `[N, V]` float32.
+
+        Args:
+            categories: of every head.
+            template: other sinks than the profile's.
 
         Raises:
             RuntimeError: a prefill that should have run sparse did not.
         """
-        profile = replace(self._profile, categories=categories, curve=())
+        template = template or self._profile.template
+        profile = replace(self._profile, categories=categories, template=template, curve=())
         found, ran = zip(*(self._model.next_token(x, profile) for x in self.prompts.values()), strict=True)
         if profile.categories.any() and set(ran) != {"sparse"}:
             raise RuntimeError(f"all {len(self.prompts)} prefills must have run sparse. Got {sorted(set(ran))}.")

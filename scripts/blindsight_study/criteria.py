@@ -12,7 +12,7 @@ import numpy as np
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle, make_puzzle
 from blindsight_study.measure import Asked, Study
-from shared_profiles import SPARSE, Category
+from shared_profiles import SPARSE, Category, SinkTemplate
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.path import Path as HeadPath
 from shared_profiles.path import kept_pairs, pairs_of, path_of
@@ -30,6 +30,14 @@ KNOBS: dict[str, tuple[float, ...]] = {
     "alpha_first": (0.5, 0.75),
     "alpha_last": (0.5, 0.75),
     "quantile": (0.0, 0.25),
+}
+SINKS = {  # offsets from an image's start, and back from its end
+    "delimiters": ((0,), (1,)),
+    "and the first token": ((0, 1), (1,)),
+    "and the last token": ((0,), (1, 2)),
+    "and the first and the last token": ((0, 1), (1, 2)),
+    "and the first two and the last two": ((0, 1, 2), (1, 2, 3)),
+    "and two tokens of the middle": ((0, 6), (1, 8)),
 }
 
 
@@ -75,6 +83,15 @@ def knobs(study: Study, six: Asked) -> list[dict[str, Any]]:
         else:
             rows.append({"knob": name, "dense_heads": categories.size})
     return rows
+
+
+def sinks(study: Study, six: Asked) -> list[dict[str, Any]]:
+    """What the template is worth where it matters most: every head `INTRA_IMAGE_SINK`, with ever other sinks."""
+    everywhere = np.full_like(study.profile.categories, Category.INTRA_IMAGE_SINK)
+    return [
+        _told({"sinks": name, **study.measure("6", six, everywhere, SinkTemplate(*offsets))})
+        for name, offsets in SINKS.items()
+    ]
 
 
 def stability(study: Study, six: Asked) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def write_page(studies: Mapping[str, dict[str, Any]], path: Path, plot: str) -> 
     lines += ["", f"![Divergence and accuracy over the pairs kept]({plot})"]
     for name, study in studies.items():
         lines += ["", f"# {name}", "", study["about"], *_criteria(study), *_target(study), *_stability(study)]
-        lines += [*_transfer(study), *_knobs(study)]
+        lines += [*_transfer(study), *_knobs(study), *_sinks(study)]
     write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
@@ -102,6 +102,15 @@ def _knobs(study: dict[str, Any]) -> list[str]:
     ]
     head = ("thresholds", "pairs kept", "inter-image kept", "dense heads", "KL (nats)", "accuracy: points")
     return ["", "## The thresholds, one moved at a time", "", *table(head, rows)]
+
+
+def _sinks(study: dict[str, Any]) -> list[str]:
+    rows = [
+        (r["sinks"], *_shares(r), f"{r['kl']:.5f}", points(_answers(r)), f"{r['agreement']:.2%}")
+        for r in study.get("sinks", ())
+    ]
+    head = ("sinks", "pairs kept", "inter-image kept", "KL (nats)", "accuracy: points", "same answer")
+    return ["", "## The sinks, all heads Intra-Image+Sink", "", *table(head, rows)]
 
 
 def _answers(row: dict[str, Any]) -> PairedCounts:

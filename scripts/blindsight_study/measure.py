@@ -96,13 +96,17 @@ class Study:
         layouts = self.model.facts.layouts(batches[0])
         return Asked(puzzles, HeldOut(self.model, self.profile, batches), expected, layouts)
 
-    def measure(self, name: str, asked: Asked, categories: np.ndarray) -> dict[str, Any]:
+    def measure(
+        self, name: str, asked: Asked, categories: np.ndarray, template: SinkTemplate = TEMPLATE
+    ) -> dict[str, Any]:
         """The figures of one choice on the questions called `name`, measured now unless they are known."""
         key = f"{name} {len(asked.puzzles)} {'/'.join(heads_of(categories))}"
+        if template != TEMPLATE:
+            key += f" {template}"
         if key not in self._measured:
-            sparse = asked.held.log_probs(categories)
+            sparse = asked.held.log_probs(categories, template)
             counts = [
-                [count_model_pairs(x, c, TEMPLATE, windows=self.model.facts.windows) for x in asked.layouts]
+                [count_model_pairs(x, c, template, windows=self.model.facts.windows) for x in asked.layouts]
                 for c in (categories, np.zeros_like(categories))
             ]
             inter, total = ([sum(getattr(p, k) for p in some) for some in counts] for k in ("inter", "total"))
