@@ -206,6 +206,20 @@ def test_rankings_without_a_gradient(ranking):
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
+def test_gradients_are_taken_where_the_caller_has_turned_them_off():
+    """Serving code runs without gradients: the calibration inside it, its prompts made there, gives the same bits."""
+    model = make_model("qwen2_5_vl", n_layers=2)
+    found = []
+    for context in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with context:
+            prompts = prompts_of("qwen2_5_vl", 4)
+            found.append(calibrate(model, prompts[:3], budget=0.05, held_out=prompts[3:], **QUIET))
+    plain, *others = found
+    assert plain.summary.harm_of("gradient").any()
+    for other in others:
+        assert (other.summary, other.curve) == (plain.summary, plain.curve)
+
+
 def test_a_killed_run_counts_no_prompt_twice_and_ends_with_the_same_bits(tmp_path):
     model, prompts = make_model("qwen2_5_vl", n_layers=2), prompts_of("qwen2_5_vl", 8)
     options = dict(budget=0.05, held_out=0.4) | QUIET

@@ -6,8 +6,8 @@ the prompts; the statistics are, bit for bit, those of one process with as many 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, make_profile, make_provenance, prompt_digest
 from shared_profiles.sink_statistics import REACH, SinkMass
 from shared_profiles.split import HELD_OUT, Given, Split
-from shared_profiles.statistics import PromptStatistics, Statistics
+from shared_profiles.statistics import PromptStatistics
 from torch_blindsight.gradient import GradientMode, measure_with_gradient
 from torch_blindsight.held_out import HeldOut
 from torch_blindsight.implementations import Implementation, Name, implementation
@@ -125,7 +125,8 @@ def calibrate(
                 processes=processes,
             )
             template = template or _template(model, collector, local_block, impl)
-            statistics = _collect(model, info, chosen, collector, template, rankings_for(limit))
+            with measuring(model, info, chosen, template, rankings_for(limit)) as measure:
+                statistics = collector.collect(measure, template)
             profile = make_profile(statistics, thresholds or Thresholds(), template, print_, dataset, PACKAGES)
             if limit is not None and split is not None:
                 held = HeldOut(model, info, chosen, profile, split.prompts, processes)
@@ -154,22 +155,29 @@ def _template(
         return collector.learn(measure, width)
 
 
-def _collect(
-    model: nn.Module,
-    info: ModelInfo,
-    chosen: Implementation,
-    collector: Collector[Mapping[str, Any]],
-    template: SinkTemplate,
-    rankings: tuple[str, ...],
-) -> Statistics:
-    """The statistics of all prompts."""
+@contextmanager
+def measuring(
+    model: nn.Module, info: ModelInfo, chosen: Implementation, template: SinkTemplate, rankings: Collection[str]
+) -> Iterator[Callable[[Mapping[str, Any]], PromptStatistics | None]]:
+    """In this context the model, in evaluation mode, is measured: gives what measures one prompt.
+
+    Args:
+        model: the model, not patched.
+        info: its attention-relevant facts.
+        chosen: what computes the attention that is measured.
+        template: sinks and local blocks.
+        rankings: which harm is measured, `rankings_for` a budget; with `"gradient"` by a backward pass.
+
+    Returns:
+        A function from a prompt, as `calibrate` takes them, to its record; None if it has fewer than two images.
+    """
     with ExitStack() as stack:
         stream = stack.enter_context(ResidualStream(model, info)) if "residual" in rankings else None
         kind = GradientMode if "gradient" in rankings else ObserveMode
         mode = kind(info, template, chosen.attend, stream)
         stack.enter_context(handle := Handle(model, info, mode, chosen))
         handle.install()
-        return collector.collect(lambda prompt: _measure(model, mode, prompt), template)
+        yield lambda prompt: _measure(model, mode, prompt)
 
 
 def _given(model: nn.Module, prompts: Iterable[Mapping[str, Any]]) -> Given[Mapping[str, Any]]:

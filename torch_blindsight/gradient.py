@@ -66,8 +66,7 @@ class GradientObserver(Observer):
             for number in reversed(range(len(calls))):
                 layer, (hidden, *args), kwargs = calls.pop()
                 hidden = hidden.detach().requires_grad_()
-                with torch.enable_grad():
-                    result = layer(hidden, *args, **kwargs)
+                result = layer(hidden, *args, **kwargs)
                 assert self._seen is not None
                 out, (q, k, v, scale, window) = self._seen
                 outputs = result[0] if isinstance(result, tuple) else result
@@ -79,6 +78,8 @@ class GradientObserver(Observer):
             announce(None)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def measure_with_gradient(model: nn.Module, mode: GradientMode, prompt: Mapping[str, Any]) -> Observer | None:
     """Runs one prompt forward and back, under an installed handle of `mode`; None if it has fewer than two images."""
     mode.observer = None
@@ -104,8 +105,7 @@ def measure_with_gradient(model: nn.Module, mode: GradientMode, prompt: Mapping[
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        with torch.enable_grad():
-            logits = model(**prompt, use_cache=False, logits_to_keep=1).logits[:, -1]  # [B, V]
+        logits = model(**prompt, use_cache=False, logits_to_keep=1).logits[:, -1]  # [B, V]
         if mode.observer is None:
             return None
         for hook in hooks:
