@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import jax_blindsight.prefill
-from blindsight_gpu.calibration import LENGTHS
+from blindsight_gpu.calibration import GRADIENT, LENGTHS
 from blindsight_gpu.in_jax import peak_gib, shared
 from blindsight_gpu.measure import Place, free
 from blindsight_gpu.model import DENSE_SHARE
@@ -32,6 +32,7 @@ from jax_blindsight.buckets import bucket
 from jax_blindsight.calibration import measure
 from jax_blindsight.config import ModelConfig
 from jax_blindsight.model import abstract_weights
+from shared_profiles.budget import Budget, rankings_for
 from shared_profiles.profile import Profile
 from shared_profiles.profile_parts import Fingerprint
 
@@ -48,8 +49,9 @@ def run(results: Results, place: Place) -> None:
         }
         calibrations = {}
         if size.name in ("Qwen2.5-VL-3B", "toy Qwen2.5-VL"):
-            found = {"toy": 128} if place.dry_run else LENGTHS
+            found, gradient = ({"toy": 128}, "toy") if place.dry_run else (LENGTHS, GRADIENT)
             calibrations = {f"{size.name}: {name}, calibration": n for name, n in found.items()}
+            calibrations[f"{size.name}: {gradient}, gradient"] = found[gradient]
         everything = [*cases, *calibrations]
         if all(results.get(case) for case in everything) or results.over:
             results.leave_out(everything)
@@ -59,7 +61,8 @@ def run(results: Results, place: Place) -> None:
         for case, n_tokens in cases.items():
             results.measure(case, partial(_prefill, params, size, n_tokens, case.endswith("dense"), place))
         for case, n_tokens in calibrations.items():
-            results.measure(case, partial(_calibrate, params, size, n_tokens, place))
+            budget = Budget() if case.endswith("gradient") else None
+            results.measure(case, partial(_calibrate, params, size, n_tokens, budget, place))
         del params
         jax.clear_caches()
 
@@ -139,14 +142,17 @@ def _prefill(params: Params, size: Size, n_tokens: int, dense: bool, place: Plac
     }
 
 
-def _calibrate(params: Params, size: Size, n_tokens: int, place: Place) -> Row:
-    """Seconds of measuring one prompt in every layer, head and category: `calibrate` without reading 1 GB of pixels."""
+def _calibrate(params: Params, size: Size, n_tokens: int, budget: Budget | None, place: Place) -> Row:
+    """Seconds of measuring one prompt in every layer, head and category: `calibrate` without reading 1 GB of pixels.
+
+    For a budget by a backward pass, too, as by default.
+    """
     free(place)
     inputs, n = make_inputs(size, n_tokens)
 
     def once() -> float:
         begun = time.perf_counter()
-        measure(params, inputs, TEMPLATE)
+        measure(params, inputs, TEMPLATE, rankings=rankings_for(budget))
         return time.perf_counter() - begun
 
     with without_tower(size, n, place):
