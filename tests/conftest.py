@@ -20,6 +20,18 @@ settings.register_profile("house", deadline=None, derandomize=True)
 settings.load_profile("house")
 
 
+# Files whose tests share nothing that takes long: they run wherever there is time, last, and fill both workers up.
+LOOSE = ("test_profiles_", "test_house_", "test_kernels_triton_compile")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps each file's tests in one worker, which compiles its programs and builds its models once."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and not item.path.stem.startswith(LOOSE):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Seeds the global generators; torch only where the test has imported it."""

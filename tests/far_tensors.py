@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import tempfile
 
 import numpy as np
 import torch
 
 N, BATCH, HEADS, KV_HEADS, DIM = 40, 3, 3, 3, 16
-
-
-def interpret() -> None:
-    """Prepares the worker, before it imports Triton."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
 
 
 def far_tensor(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

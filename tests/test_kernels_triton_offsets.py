@@ -5,23 +5,20 @@ All strides themselves fit 32 bits: Triton would pass larger ones as 64-bit numb
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-
 import numpy as np
 import pytest
 
-from far_tensors import DIM, HEADS, N, interpret, run
+from far_tensors import DIM, HEADS, N, run
+from interpreted import worker
 
 FAR = 2**31 + 2**20  # elements
 
 
 @pytest.fixture(scope="module")
-def worker():
-    """A process in which Triton interprets."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=interpret) as pool:
-        yield pool
+def call():
+    """Runs a function where Triton is interpreted."""
+    with worker() as call:
+        yield call
 
 
 FAR_TENSORS = {
@@ -40,23 +37,23 @@ FAR_TENSORS = {
 
 
 @pytest.fixture(scope="module")
-def near(worker) -> dict[bool, tuple[np.ndarray, np.ndarray]]:
+def near(call) -> dict[bool, tuple[np.ndarray, np.ndarray]]:
     """Results of tensors that are not spread out; text rows computed whole (False) and in parts (True)."""
-    return {split: worker.submit(run, {}, split).result() for split in (False, True)}
+    return {split: call(run, {}, split) for split in (False, True)}
 
 
 @pytest.mark.parametrize("far", FAR_TENSORS.values(), ids=FAR_TENSORS)
-def test_far_offsets_are_computed_in_64_bits(worker, near, far):
+def test_far_offsets_are_computed_in_64_bits(call, near, far):
     split = "parts" in far or "out" in far  # these two the merge uses as well
-    out, lse = worker.submit(run, far, split).result()
+    out, lse = call(run, far, split)
     assert np.isfinite(out).all()
     assert np.abs(out).min() > 0
     np.testing.assert_array_equal(out, near[split][0])
     np.testing.assert_array_equal(lse, near[split][1])
 
 
-def test_heads_that_are_left_out_are_not_merged(worker, near):
-    out, lse = worker.submit(run, {}, True, skip_dense=True).result()
+def test_heads_that_are_left_out_are_not_merged(call, near):
+    out, lse = call(run, {}, True, skip_dense=True)
     assert not out[:, :, 0].any()  # as allocated
     assert not lse[:, 0].any()
     np.testing.assert_array_equal(out[:, :, 1:], near[True][0][:, :, 1:])

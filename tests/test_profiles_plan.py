@@ -28,11 +28,11 @@ def expand(plan, category: Category) -> np.ndarray:
                 np.arange(plan.lo[category, t], plan.hi[category, t]),
             ]
         )
-        for p in rows:
-            ok = np.ones(len(keys), dtype=bool) if is_image and plan.layout.bidirectional else keys <= p
-            if plan.window is not None:
-                ok &= keys > p - plan.window
-            np.add.at(seen[p - plan.q_start], keys[ok], 1)
+        ok = (keys <= rows[:, None]) | (is_image and plan.layout.bidirectional)
+        if plan.window is not None:
+            ok &= keys > rows[:, None] - plan.window
+        row, key = np.nonzero(ok)
+        np.add.at(seen, (rows[row] - plan.q_start, keys[key]), 1)
     return seen
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from blindsight_cli.held_out import HeldOut
 from blindsight_cli.loading import load_processor
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle, make_puzzle
-from blindsight_study.page import paired
+from blindsight_study.page import effect
 from shared_profiles import Category, SinkTemplate, count_model_pairs
 from shared_profiles._atomic import write_atomically
-from shared_profiles.budget import Budget, divergence
+from shared_profiles.budget import Budget
 from shared_profiles.profile import Profile
 from shared_profiles.profile_parts import heads_of
 from shared_profiles.provenance import prompt_digest
@@ -113,10 +113,7 @@ class Study:
             self._measured[key] = {
                 "kept": total[0] / total[1],
                 "inter_kept": inter[0] / inter[1],
-                "kl": max(float(divergence(asked.held.dense, sparse).kl.mean()), 0.0),
-                "agreement": float((sparse.argmax(-1) == asked.held.dense.argmax(-1)).mean()),
-                "answers": asdict(paired(*(x.argmax(-1) == asked.expected for x in (asked.held.dense, sparse)))),
                 "dense_heads": int((categories == Category.DENSE).sum()),
-            }
+            } | effect(asked.held.dense, sparse, asked.expected)
             write_atomically(self._file, json.dumps(self._measured).encode())
         return dict(self._measured[key])

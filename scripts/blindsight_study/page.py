@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from blindsight_cli.evaluation.statistics import PairedCounts
+from shared_profiles.budget import divergence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -22,7 +24,22 @@ def points(counts: PairedCounts) -> str:
     return f"{100 * counts.difference:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
 
 
-def paired(dense: np.ndarray, sparse: np.ndarray) -> PairedCounts:
-    """Counts of two answers to the same questions: `[N]` bool each, True where they are right."""
-    ways = ((dense & sparse), (dense & ~sparse), (~dense & sparse), (~dense & ~sparse))
-    return PairedCounts(*(int(way.sum()) for way in ways))
+def effect(dense: np.ndarray, sparse: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+    """What sparse heads do to the answers to N questions.
+
+    Args:
+        dense: `[N, V]` log-probabilities of the dense model.
+        sparse: the same of the sparse one.
+        expected: `[N]` token ids.
+
+    Returns:
+        `kl`, nats, a mean; `agreement`, a share; `answers`, the fields of `PairedCounts`.
+    """
+    said, instead = dense.argmax(-1), sparse.argmax(-1)
+    was, is_ = said == expected, instead == expected
+    counts = PairedCounts(*(int(way.sum()) for way in (was & is_, was & ~is_, ~was & is_, ~was & ~is_)))
+    return {
+        "kl": max(float(divergence(dense, sparse).kl.mean()), 0.0),
+        "agreement": float((said == instead).mean()),
+        "answers": asdict(counts),
+    }

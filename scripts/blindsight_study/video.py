@@ -12,7 +12,7 @@ shown for two frames; a group looks to the model exactly as the picture does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from blindsight_cli.loading import load_processor
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle
 from blindsight_cli.smallvlm.vocabulary import IMAGE_PAD, START, VIDEO_PAD, VISION_END, VISION_START
-from blindsight_study.page import paired
+from blindsight_study.page import effect
 from shared_profiles import SPARSE, Category, Layout, SinkTemplate, count_model_pairs, count_pairs
-from shared_profiles.budget import Budget, divergence
+from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.profile import Profile
 from shared_profiles.sink_statistics import SinkMass
@@ -123,12 +123,7 @@ class VideoStudy:
             sum(count_model_pairs(x, c, profile.template).total for x in asked.layouts)
             for c in (profile.categories, nothing)
         )
-        return {
-            "kept": kept / dense,
-            "kl": max(float(divergence(asked.dense, sparse).kl.mean()), 0.0),
-            "agreement": float((sparse.argmax(-1) == asked.dense.argmax(-1)).mean()),
-            "answers": asdict(paired(*(x.argmax(-1) == asked.expected for x in (asked.dense, sparse)))),
-        }
+        return {"kept": kept / dense} | effect(asked.dense, sparse, asked.expected)
 
 
 def answers(study: VideoStudy) -> list[dict[str, Any]]:

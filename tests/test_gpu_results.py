@@ -1,0 +1,186 @@
+"""What scripts/gpu_check.py measures and how its results are told: prompts, peers' masks, cycles, tables and plots."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+
+from shared_profiles import Category, category_mask
+from tree_scripts import ROOT, python
+
+RENDER = ROOT / "scripts" / "render_results.py"
+prompts, tables, cycles, measure, peers = (
+    import_module(f"blindsight_gpu.{name}") for name in ("prompts", "tables", "cycles", "measure", "peers")
+)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "both-ways"])
+@pytest.mark.parametrize("category", list(Category), ids=lambda c: c.name)
+def test_peers_get_exactly_our_masks(category, bidirectional):
+    layout = prompts.make_layout(prompts.Shape("", 1, 1, 16, 150, bidirectional), 512)
+    assert layout.n_images > 2
+    table = prompts.row_tables(layout, category, torch.device("cpu"))
+    want = category_mask(layout, category, prompts.TEMPLATE)
+    np.testing.assert_array_equal(table.visible(torch.arange(512)).numpy(), want)
+    partial, full = peers._blocks(table)
+    blocks = want.reshape(4, 128, 4, 128)
+    np.testing.assert_array_equal(full.numpy(), blocks.all((1, 3)))
+    np.testing.assert_array_equal((partial | full).numpy(), blocks.any((1, 3)))
+
+
+def test_dense_heads_are_spread():
+    heads = prompts.mixed(28, 0.3)
+    assert [i for i, category in enumerate(heads) if category is Category.DENSE] == [0, 3, 7, 10, 14, 17, 21, 24]
+    assert set(prompts.mixed(4, 0.0)) == {Category.INTRA_IMAGE_SINK}
+
+
+def test_full_size_prompts_are_what_they_are_called():
+    place = measure.Place(dry_run=False)
+    for shape in prompts.shapes(place):
+        for n_tokens in prompts.lengths(place).values():
+            layout = prompts.make_layout(shape, n_tokens)
+            assert layout.n_tokens == n_tokens
+            assert layout.n_tokens % 128 == 0
+            image_tokens = layout.n_images * shape.image_tokens
+            assert 0.88 * n_tokens < image_tokens < n_tokens
+
+
+def test_loops_are_read_from_machine_code():
+    sass = """
+        /*0000*/ MOV R1, c[0x0] ;
+        /*0010*/ HGMMA.64x64x16.F32.BF16 R8, gdesc[UR4], R8 ;
+        /*0020*/ @P0 BRA 0x90 ;
+        /*0030*/ MUFU.EX2 R2, R3 ;
+        /*0040*/ @!P1 BRA 0x10 ;
+        /*0050*/ FADD R2, R2, R3 ;
+        /*0060*/ @P1 BRA 0x50 ;
+        /*0070*/ EXIT ;
+        /*0090*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR9], R2 ;
+        /*00a0*/ BRA 0x30 ;
+    """
+    (loop,) = cycles.read_loops(sass)
+    assert (loop.instructions, loop.special, loop.matrix) == (4, 1, 1)
+
+
+def test_the_pallas_model_predicts_what_its_page_says(monkeypatch):
+    pallas_cycles = import_module("blindsight_gpu.pallas_cycles")
+    counted = tuple(cycles.Loop(instructions, 66, 16) for instructions in (509, 821, 831))
+    kernel = pallas_cycles.Kernel(128, 128, counted)
+    assert kernel.units(counted[0])["L2"] == pytest.approx(kernel.cycles(counted[0]))  # what limits it
+    assert kernel.units(counted[0], l2=100)["tensor cores"] == kernel.cycles(counted[0], l2=100) == 2048 + 300
+    monkeypatch.setattr(pallas_cycles, "read_kernel", lambda dim: kernel)
+    layout = prompts.make_layout(prompts.QWEN, 100_096)
+    seconds, passes = pallas_cycles.predict_pallas(prompts.QWEN, layout, Category.INTRA_IMAGE)
+    page = (ROOT / "docs" / "pallas-hopper.md").read_text()
+    useful = cycles.rate(prompts.QWEN, layout, Category.INTRA_IMAGE, seconds + passes)
+    assert f"| Intra-Image | {1e3 * seconds:.2f} ms | {1e3 * passes:.2f} ms | {useful:.0f} |" in page
+
+
+def result(part: str, rows: list[dict], **changes) -> dict:
+    """A result file as a GPU would give it."""
+    gpu = {"name": "NVIDIA H200", "driver_version": "580.1", "clocks.max.sm": "1980 MHz"}
+    versions = {"torch": "2.11.0", "triton": "3.6.0", "cudnn": 91900, "jax": "0.11.2"}
+    machine = {"gpu": gpu, "versions": versions, "commit": "0123456789abcdef", "source": "s"}
+    return dict(part=part, dry_run=False, complete=True, machine=machine, rows=rows, left_out=[]) | changes
+
+
+ATTENTION = dict(
+    case="a", shape="Qwen", heads="28/4, d=128", tokens=36864, profile="all Sink", ours_ms=2.0, speed_up=5.0,
+    bound_ms=1.5, useful_tflops=400.0, flex_note="out of GPU memory", varlen_ms=3.0,
+    denominator="cuDNN SDPA, causal, the same tokens",
+)  # fmt: skip
+
+
+PALLAS = dict(
+    case="p", shape="Qwen", heads="28/4, d=128", tokens=36864, profile="all Sink", pallas_ms=1.6, triton_ms=2.0,
+    against_triton=1.25, speed_up=6.0, bound_ms=1.5, tokamax_note="not installed", useful_tflops=500.0, compile_s=7.0,
+    kernel="", denominator="cuDNN in JAX, causal, the same tokens",
+)  # fmt: skip
+
+
+def test_the_jax_rows_have_tables_of_their_own(tmp_path):
+    sides = [
+        dict(case="3B: 36K, sparse", tokens=36864, seconds=2.0, compile_s=40.0, peak_gib=30.0),
+        dict(case="3B: 36K, dense", tokens=36864, seconds=5.0, compile_s=20.0, peak_gib=30.0),
+        dict(case="12B: 300K, sparse", tokens=299008, note="not run: its KV cache takes 118 GiB"),
+    ]
+    for part, rows in (("pallas", [PALLAS]), ("jax_model", sides)):
+        (tmp_path / f"gpu-{part}.json").write_text(json.dumps(result(part, rows)))
+    text = tables.section(tmp_path)
+    assert (
+        "| Qwen 28/4, d=128, 36,864: all Sink | 1.60 | 2.00 | 1.25x | 6.00x | 1.50 | – not installed | 500 | 7.0 |"
+        in text
+    )
+    assert "| 3B: 36K, 36,864 tokens | 5.00 | 2.00 | 2.50x | 40 | 30 | – | – |" in text
+    assert "| 12B: 300K, 299,008 tokens | – | – not run: its KV cache takes 118 GiB | – | – | – | – | – |" in text
+
+
+def test_a_side_of_a_model_that_did_not_fit_has_its_reason(tmp_path):
+    row = dict(case="12B: 72K", tokens=73728, images=9, forwards={"sparse": 4}, sparse_s=9.0, sparse_peak_gib=60.0,
+        attention_share=0.25, dense_note="not run: masks of 10 GiB")  # fmt: skip
+    (tmp_path / "gpu-model.json").write_text(json.dumps(result("model", [row])))
+    assert "| 12B: 72K, 73,728 tokens | – not run: masks of 10 GiB | 9.00 | – | 25% |" in tables.section(tmp_path)
+
+
+def test_two_plots_are_drawn_and_shown_where_there_are_results(tmp_path):
+    readme, found = tmp_path / "README.md", tmp_path / "results"
+    found.mkdir()
+    readme.write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    arguments = (RENDER, "--readme", readme, "--results", found)
+    assert python(*arguments).returncode == 0
+    assert "docs/gpu" not in readme.read_text()
+    assert not (tmp_path / "docs").exists()
+    longer = ATTENTION | dict(tokens=73728, speed_up=9.0)
+    dense = dict(case="d", shape="Qwen", tokens=36864, kernel="cuDNN SDPA", dense_ms=10.0, useful_tflops=650.0)
+    (found / "gpu-attention.json").write_text(json.dumps(result("attention", [dense, ATTENTION, longer])))
+    (found / "gpu-pallas.json").write_text(json.dumps(result("pallas", [PALLAS])))
+    assert python(*arguments).returncode == 0
+    for name in ("gpu-speed-up.svg", "gpu-tflops.svg"):
+        drawn = (tmp_path / "docs" / name).read_text()
+        assert f"(docs/{name})" in readme.read_text()
+        for line in ("Triton: all Sink", "Pallas: all Sink"):
+            assert f"<!-- {line} -->" in drawn
+        assert ("the bound: cuDNN SDPA, dense" in drawn) == (name == "gpu-tflops.svg")
+    assert python(*arguments, "--check").returncode == 0
+    (tmp_path / "docs" / "gpu-tflops.svg").unlink()
+    done = python(*arguments, "--check")
+    assert done.returncode == 1
+    assert "gpu-tflops.svg must be there" in done.stderr
+
+
+def test_tables_name_machine_denominator_and_misses(tmp_path):
+    document = result("attention", [ATTENTION, {"case": "b", "failure": "RuntimeError: x"}], left_out=["c"])
+    (tmp_path / "gpu-attention.json").write_text(json.dumps(document))
+    text = tables.render(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter", tmp_path)
+    assert text.startswith(f"before\n{tables.BEGIN}\nMeasured on one NVIDIA H200 (driver 580.1")
+    assert text.endswith(f"{tables.END}\nafter")
+    row = "| Qwen 28/4, d=128, 36,864: all Sink | 2.00 | 10.00 | 5.00x | 1.50 | – out of GPU memory | 3.00 | 400 |"
+    assert row in text
+    assert "cuDNN SDPA, causal, the same tokens" in text
+    assert "- b: RuntimeError: x" in text
+    assert "- c: left out for want of time" in text
+
+
+def test_results_of_two_gpus_are_not_published(tmp_path):
+    other = result("bounds", [])
+    other["machine"]["gpu"]["name"] = "NVIDIA H100"
+    for document in (result("attention", [ATTENTION]), other):
+        (tmp_path / f"gpu-{document['part']}.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"of one GPU. Got NVIDIA H100, NVIDIA H200"):
+        tables.section(tmp_path)
+    with pytest.raises(ValueError, match="once each"):
+        tables.render("no markers", tmp_path)
+
+
+def test_the_readme_is_up_to_date(tmp_path):
+    done = python(RENDER, "--check")
+    assert done.returncode == 0, done.stderr
+    stale = tmp_path / "README.md"
+    stale.write_text(f"{tables.BEGIN}\nold\n{tables.END}\n")
+    done = python(RENDER, "--check", "--readme", stale)
+    assert done.returncode == 1
+    assert "out of date: run python scripts/render_results.py" in done.stderr
