@@ -147,6 +147,18 @@ def test_torchrun_deals_out_what_torch_does(checkpoint: Path, prompts: Path, tmp
 def test_calibrate_says_when_nothing_passes(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
     result = blindsight("calibrate", checkpoint, prompts, "--out", tmp_path / "p.json", "--gamma-dense", 1)
     assert result.exit_code == 0 and "no head passed" in result.stderr
+    assert not Profile.load(tmp_path / "p.json").categories.any()
+
+
+def test_calibrate_replaces_no_profile_by_one_of_dense_heads(
+    checkpoint: Path, prompts: Path, sparse_profile: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "p.json"
+    out.write_bytes(sparse_profile.read_bytes())
+    result = blindsight("calibrate", checkpoint, prompts, "--out", out, "--gamma-dense", 1)
+    assert result.exit_code == 0 and f"{out} stays as it was" in result.stderr
+    assert out.read_bytes() == sparse_profile.read_bytes()
+    assert not Profile.load(tmp_path / "p.dense.json").categories.any()
 
 
 BAD_LINES = {

@@ -55,7 +55,8 @@ def run_calibrate(
     Args:
         checkpoint: a checkpoint folder.
         data: JSONL file of prompts.
-        out: where the profile goes; default: beside the checkpoint, where `patch` looks first.
+        out: where the profile goes; default: beside the checkpoint, where `patch` looks first. One that makes all heads
+            Dense replaces no other: it goes beside it, as `NAME.dense.json`.
         state: file of the statistics, to go on after an interruption.
         merge: such files of other machines, to be counted, too.
         limit: how many prompts to take.
@@ -111,6 +112,9 @@ def run_calibrate(
             return INTERRUPTED
         seconds = time.perf_counter() - begun
         if place.is_first:
+            if out.exists() and not profile.categories.any():
+                older, out = out, out.with_name(f"{out.stem}.dense{out.suffix}")
+                note(f"{older} stays as it was: what was found now would make every head Dense, and is in {out}")
             replaced = out.exists()
             profile.save(out)
             _tell(profile, checkpoint, out, replaced, skipped, seconds, as_json=as_json)
