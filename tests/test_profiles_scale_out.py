@@ -197,11 +197,13 @@ def test_a_template_is_learned_from_the_first_prompts_that_are_calibrated_on(tmp
     assert all(n == 1 for x, n in (machine.measured + machine.looked).items() if x % 2 == 0), "read once for all"
     mass = SinkMass.mean(statistics.sinks[i] for i in sorted(statistics.sinks))
     template = learn_template(mass, 8)
-    assert template == SinkTemplate((0, 3), (1,), 8) == read_origin(statistics.origin)[1]
+    assert template == SinkTemplate((0, 1, 3), (1, 2), 8) == read_origin(statistics.origin)[1]
 
     profile = make_profile(statistics, Thresholds(), template, fingerprint(), "numbers", [])
     told = profile.choice["sinks"]
-    assert told == {"prompts": 8, "from_start": pytest.approx([0.2, 0.2]), "from_end": pytest.approx([0.2])}
+    seen = mass.others.mean((0, 1))
+    received = {"from_start": pytest.approx([0.2, seen[1], 0.2]), "from_end": pytest.approx([0.2, seen[15]])}
+    assert told == {"prompts": 8} | received
     assert retune_by_thresholds(profile, Thresholds(gamma_dense=0.1)).choice["sinks"] == told
 
     again = Machine(sinks=True)
