@@ -27,7 +27,7 @@ from shared_profiles.summary import Summary
 
 # Images have about 16 tokens: local blocks as wide as an image, and the delimiters as sinks.
 TEMPLATE = SinkTemplate(from_start=(0,), from_end=(1,), local_block=128)
-BATCH, IMAGES, BUDGET = 32, (2, 3, 4, 5, 6), 0.0015
+BATCH, BUDGET = 32, 0.0015
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,19 @@ class Study:
     Args:
         checkpoint: the model's folder.
         n_prompts: prompts to calibrate on, held-out ones included.
+        images: how many images they have, by turns.
         state: file of their statistics. Beside it lie the profile they gave, as `.json`, and what was measured, as
             `.measured.json`: what is there is not done again.
     """
 
-    def __init__(self, checkpoint: Path, n_prompts: int, state: Path) -> None:
+    def __init__(self, checkpoint: Path, n_prompts: int, images: Sequence[int], state: Path) -> None:
         self.model: Backend = load_backend("torch", checkpoint)
         self.processor = load_processor(checkpoint)
         self._file = state.with_suffix(".measured.json")
         self._measured: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
         first = evaluate.CALIBRATION_SEEDS
-        puzzles = [make_puzzle(IMAGES[i % 5], first + i, KINDS[i % len(KINDS)]) for i in range(n_prompts)]
+        numbers = [images[i % len(images)] for i in range(n_prompts)]
+        puzzles = [make_puzzle(n, first + i, KINDS[i % len(KINDS)]) for i, n in enumerate(numbers)]
         prompts = [evaluate.to_inputs(self.processor, [puzzle]) for puzzle in puzzles]
         dataset = f"synthetic puzzles {first}..{first + n_prompts - 1}"
         made = state.with_suffix(".json")
