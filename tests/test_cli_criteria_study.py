@@ -51,6 +51,7 @@ def test_the_study(tmp_path, monkeypatch):
 
 def test_the_page_is_of_its_results(tmp_path):
     results = ROOT / "docs" / "results"
-    studies = {file.stem: json.loads(file.read_text()) for file in sorted((results / "criteria").glob("*.json"))}
+    files = sorted((results / "criteria").glob("*.json"), key=lambda file: file.stem)
+    studies = {file.stem: json.loads(file.read_text()) for file in files}
     criteria_page.write_page(studies, tmp_path / "criteria.md", "../criteria.svg")
     assert (tmp_path / "criteria.md").read_text() == (results / "criteria.md").read_text(), "run compare_criteria.py"
