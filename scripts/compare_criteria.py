@@ -19,7 +19,7 @@ from pathlib import Path
 from blindsight_cli.commands.demo import SHIPPED_MODEL
 from blindsight_cli.smallvlm import evaluate
 from blindsight_study import criteria
-from blindsight_study.criteria_page import draw, write_page
+from blindsight_study.criteria_page import draw, read_studies, write_page
 from blindsight_study.measure import Study
 from shared_profiles._atomic import write_atomically
 
@@ -63,8 +63,7 @@ def main() -> None:
                 "sinks": lambda: criteria.sinks(study, six),
             }[part]()
             write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
-    files = sorted(path.parent.glob("*.json"), key=lambda file: file.stem)  # a second seed after the first
-    studies = {file.stem: json.loads(file.read_text()) for file in files}
+    studies = read_studies(path.parent)
     write_page(studies, asked.out / "criteria.md", "../criteria.svg")
     draw(studies, asked.out.parent / "criteria.svg")
 

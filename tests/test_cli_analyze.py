@@ -24,8 +24,6 @@ from shared_profiles.sink_statistics import SinkMass
 from tiny_checkpoints import save_checkpoint, save_prompts
 from torch_blindsight import fingerprint
 
-pytestmark = pytest.mark.xdist_group("analyze")  # so that one worker makes what all of them look at
-
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

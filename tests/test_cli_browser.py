@@ -15,8 +15,6 @@ from blindsight_cli.main import app
 from blindsight_cli.report import ReportData
 from browser import NAMES, Browser, find_chromium
 
-pytestmark = pytest.mark.xdist_group("browser")  # so that one worker makes what all of them look at
-
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
 from blindsight_cli.held_out import HeldOut
+from tree_scripts import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))  # it runs from the tree and is not installed
 compare_criteria = import_module("compare_criteria")
 criteria, criteria_page = (import_module(f"blindsight_study.{name}") for name in ("criteria", "criteria_page"))
 
@@ -51,7 +49,7 @@ def test_the_study(tmp_path, monkeypatch):
 
 def test_the_page_is_of_its_results(tmp_path):
     results = ROOT / "docs" / "results"
-    files = sorted((results / "criteria").glob("*.json"), key=lambda file: file.stem)
-    studies = {file.stem: json.loads(file.read_text()) for file in files}
-    criteria_page.write_page(studies, tmp_path / "criteria.md", "../criteria.svg")
+    criteria_page.write_page(
+        criteria_page.read_studies(results / "criteria"), tmp_path / "criteria.md", "../criteria.svg"
+    )
     assert (tmp_path / "criteria.md").read_text() == (results / "criteria.md").read_text(), "run compare_criteria.py"

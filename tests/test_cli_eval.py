@@ -25,8 +25,6 @@ from tiny_checkpoints import save_checkpoint, save_prompts
 from torch_blindsight import fingerprint, patch
 from torch_blindsight.models import inspect_model
 
-pytestmark = pytest.mark.xdist_group("eval")  # so that one worker makes what all of them look at
-
 # Seed and number of pictures. With six pictures the shipped model gets the second right dense and wrong sparse (by the
 # profile below) and the third wrong either way; the fourth asks for a picture that is not there.
 PUZZLES = ((3000000, 4), (3000104, 6), (3000008, 6), (3000001, 1), (3000003, 3), (3000004, 4), (3000005, 3))

@@ -23,8 +23,6 @@ from shared_profiles import Category
 from shared_profiles.profile import Profile
 from tiny_checkpoints import save_checkpoint, save_prompts
 
-pytestmark = pytest.mark.xdist_group("lmms")  # so that one worker makes what all of them look at
-
 INSTALLED = Path(sys.prefix) / "lmms-eval"
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "gemma3")
 PIXELS = 64 * 64

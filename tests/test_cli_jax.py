@@ -17,8 +17,6 @@ from shared_profiles.profile import Profile
 from shared_profiles.statistics import Statistics
 from tiny_checkpoints import save_checkpoint, save_prompts
 
-pytestmark = pytest.mark.xdist_group("jax command")  # so that one worker makes what all of them look at
-
 QUESTION = "Is the color of images 1 and 2 the same?"
 
 

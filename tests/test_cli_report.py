@@ -40,8 +40,6 @@ from shared_profiles.masks import category_mask
 from shared_profiles.summary import LEVELS, Summary
 from shared_profiles.template import SinkTemplate
 
-pytestmark = pytest.mark.xdist_group("report")  # so that one worker makes what all of them look at
-
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 TEMPLATE = SinkTemplate((0, 1), (1, 2), 8)
 KINDS = ("color", "shape", "which", "count", "same color", "same shape")

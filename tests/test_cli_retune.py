@@ -16,8 +16,6 @@ from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.profile import Fingerprint, Profile
 from tiny_checkpoints import save_checkpoint, save_prompts
 
-pytestmark = pytest.mark.xdist_group("retune")  # so that one worker makes what all of them look at
-
 
 def blindsight(*args: object) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)

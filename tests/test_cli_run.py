@@ -27,8 +27,6 @@ from tiny_checkpoints import save_checkpoint, save_prompts
 from torch_blindsight import calibrate, fingerprint, patch
 from torch_blindsight.models import inspect_model
 
-pytestmark = pytest.mark.xdist_group("run")  # so that one worker makes what all of them look at
-
 QUESTION = "Is the color of images 1 and 2 the same?"
 
 

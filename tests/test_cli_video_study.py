@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +11,8 @@ import torch
 from blindsight_cli.smallvlm import build, evaluate
 from torch_blindsight.models import inspect_model
 from torch_blindsight.prompts import TokenHistory, read_layouts
+from tree_scripts import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))  # it runs from the tree and is not installed
 video, video_page = (import_module(f"blindsight_study.{name}") for name in ("video", "video_page"))
 _N, _TOKENS = 3, build.IMAGE_TOKENS
 

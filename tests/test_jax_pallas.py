@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("pallas in jax")  # so that one worker makes what all of them look at
-
 
 @pytest.fixture(scope="module")
 def found():

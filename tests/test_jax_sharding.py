@@ -13,8 +13,6 @@ import pytest
 
 from jax_blindsight.sharding import make_mesh
 
-pytestmark = pytest.mark.xdist_group("mesh")  # so that one worker makes what all of them look at
-
 HIDDEN = "f32[1,128,64]"  # [B, T, E] of one of the four devices along the data axis
 
 

@@ -22,8 +22,6 @@ from parity_subjects import (
 )
 from tiny_models import FAMILIES
 
-pytestmark = pytest.mark.xdist_group("parity of models")  # so that one worker makes what all of them look at
-
 SUBJECTS = {family: partial(tiny, family) for family in FAMILIES} | {x.name: partial(trained, x) for x in SHIPPED}
 devices = pytest.mark.parametrize("device", DEVICES)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,12 @@ from typing import Any
 from blindsight_cli.evaluation.statistics import INTERVAL, PairedCounts
 from blindsight_study.page import points, table
 from shared_profiles._atomic import write_atomically
+
+
+def read_studies(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results in a folder by the model's name, a second seed after the first."""
+    files = sorted(folder.glob("*.json"), key=lambda file: file.stem)
+    return {file.stem: json.loads(file.read_text()) for file in files}
 
 
 def write_page(studies: Mapping[str, dict[str, Any]], path: Path, plot: str) -> None:

@@ -14,7 +14,7 @@ from blindsight_cli.backends import Backend, load_backend
 from blindsight_cli.held_out import HeldOut
 from blindsight_cli.loading import load_processor
 from blindsight_cli.smallvlm import evaluate
-from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle, make_puzzle
+from blindsight_cli.smallvlm.puzzles import Puzzle
 from blindsight_study.page import effect
 from shared_profiles import Category, SinkTemplate, count_model_pairs
 from shared_profiles._atomic import write_atomically
@@ -57,8 +57,7 @@ class Study:
         self._file = state.with_suffix(".measured.json")
         self._measured: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
         first = evaluate.CALIBRATION_SEEDS
-        numbers = [images[i % len(images)] for i in range(n_prompts)]
-        puzzles = [make_puzzle(n, first + i, KINDS[i % len(KINDS)]) for i, n in enumerate(numbers)]
+        puzzles = evaluate.make_mixed_puzzles(n_prompts, first, images)
         prompts = [evaluate.to_inputs(self.processor, [puzzle]) for puzzle in puzzles]
         dataset = f"synthetic puzzles {first}..{first + n_prompts - 1}"
         made = state.with_suffix(".json")

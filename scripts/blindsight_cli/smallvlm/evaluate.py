@@ -31,9 +31,9 @@ def make_puzzles(n_images: int, count: int, first_seed: int) -> list[Puzzle]:
     return [make_puzzle(n_images, first_seed + i, KINDS[i % len(KINDS)]) for i in range(count)]
 
 
-def make_mixed_puzzles(count: int, first_seed: int) -> list[Puzzle]:
-    """`count` puzzles of consecutive seeds, of 2 to 6 pictures, the kinds of question in turn."""
-    return [make_puzzle(2 + i % 5, first_seed + i, KINDS[i % len(KINDS)]) for i in range(count)]
+def make_mixed_puzzles(count: int, first_seed: int, images: Sequence[int] = (2, 3, 4, 5, 6)) -> list[Puzzle]:
+    """`count` puzzles of consecutive seeds, numbers of pictures and kinds of question in turn."""
+    return [make_puzzle(images[i % len(images)], first_seed + i, KINDS[i % len(KINDS)]) for i in range(count)]
 
 
 def to_messages(puzzle: Puzzle) -> list[dict[str, Any]]:
