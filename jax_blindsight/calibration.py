@@ -20,6 +20,7 @@ from jax_blindsight.inputs import read_inputs
 from jax_blindsight.observe import Observer, observe
 from jax_blindsight.params import Params
 from jax_blindsight.prefill import embed_prompt, implementation_for, layer_work, pad_last
+from jax_blindsight.sinks import measure_sinks
 from shared_profiles import SinkTemplate, count_layer_pairs
 from shared_profiles.budget import Budget, budget_of, rankings_for, tune
 from shared_profiles.classifier import Thresholds
@@ -65,7 +66,7 @@ def calibrate(
         prompts: what the checkpoint's processor returns as NumPy arrays, one prompt each: `input_ids [1, N]`, ...
         dataset: name of the data, kept in the profile.
         template: sinks and local blocks. Default: that of the statistics in `state` and `merge`; where there are none
-            yet, `SinkTemplate()`: this backend learns no sinks, `torch_blindsight` does.
+            yet, sinks are learned from the first 8 prompts (`shared_profiles.sink_statistics`).
         budget: allowed KL divergence of the next token in nats, or that and what ranks the heads: `"gradient"`, one
             backward pass a prompt; `"residual"`, for models too large for one; `"error"`. Default: `Budget()`, unless
             thresholds are given.
@@ -103,9 +104,7 @@ def calibrate(
         save_every=save_every,
         split=split,
     )
-    sinks = template or collector.template or SinkTemplate()
-    if local_block is not None:
-        sinks = replace(sinks, local_block=local_block)
+    sinks = template or collector.learn(lambda prompt: measure_sinks(params, prompt, impl=impl), local_block)
     statistics = collector.collect(lambda prompt: measure(params, prompt, sinks, impl, rankings), sinks)
     profile = make_profile(statistics, thresholds or Thresholds(), sinks, params.fingerprint, dataset, PACKAGES)
     if limit is None or split is None:

@@ -12,7 +12,7 @@ import numpy as np
 from jax_blindsight.inputs import read_inputs
 from jax_blindsight.params import Params
 from jax_blindsight.prefill import sparse_prefill
-from shared_profiles.budget import Measured, divergence
+from shared_profiles.measured import Measured, divergence
 from shared_profiles.profile import Profile
 from shared_profiles.split import require_held_out
 
@@ -41,12 +41,15 @@ class HeldOut:
         self._params, self._profile, self._impl = params, profile, impl
         self.prompts: dict[str, Mapping[str, Any]] = {}
         self.n_tokens: dict[str, int] = {}
+        n_images = []
         for prompt_id, prompt in prompts.items():
             (layout,) = read_inputs(params.config, prompt).tokens.layouts(params.config)
             if layout.n_images >= 2:
                 self.prompts[prompt_id] = prompt
                 self.n_tokens[prompt_id] = layout.stop - layout.start
+                n_images.append(layout.n_images)
         require_held_out(len(self.prompts), len(prompts))
+        self._n_images = np.array(n_images)
         self._dense, _ = self._log_probs(params, dense=True)  # [N, V] float32
 
     def __call__(self, categories: np.ndarray) -> Measured:
@@ -59,7 +62,7 @@ class HeldOut:
         sparse, ran = self._log_probs(replace(self._params, profile=profile), dense=False)
         if categories.any() and ran != {"sparse"}:
             raise RuntimeError(f"all {len(self.prompts)} held-out prompts must have run sparse. Got {sorted(ran)}.")
-        return divergence(self._dense, sparse)
+        return Measured(*divergence(self._dense, sparse), self._n_images)
 
     def _log_probs(self, params: Params, *, dense: bool) -> tuple[np.ndarray, set[str]]:
         """Log-probabilities of the next tokens, `[N, V]` float32, and how the prefills ran."""

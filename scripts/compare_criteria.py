@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED_MODEL)
     parser.add_argument("--name", help="of the study; default: the checkpoint's folder")
     parser.add_argument("--state", type=Path, required=True, help="statistics of the calibration prompts")
-    parser.add_argument("--prompts", type=int, default=576, help="to calibrate on, held-out ones included")
-    parser.add_argument("--images", type=int, nargs="+", default=[2, 3, 4, 5, 6], help="of these prompts, by turns")
+    parser.add_argument("--prompts", type=int, default=576, help="to calibrate on")
+    parser.add_argument("--held-out", type=int, default=840, help="other prompts, to measure the budget on")
     parser.add_argument("--questions", type=int, default=480, help="per measured point")
     parser.add_argument("--target-questions", type=int, default=4200, help="for the budget's own choice")
     parser.add_argument("--random", type=int, default=3, help="random rankings")
@@ -45,12 +45,12 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     if asked.parts:
-        study = Study(asked.checkpoint, asked.prompts, asked.images, asked.state)
-        shape = study.profile.fingerprint
-        seen = ", ".join(map(str, asked.images))
+        study = Study(asked.checkpoint, asked.prompts, asked.held_out, asked.state)
+        shape, choice = study.profile.fingerprint, study.profile.choice
         results["about"] = (
-            f"{shape.n_layers} layers of {shape.n_heads} heads, calibrated on {len(study.statistics)} prompts of "
-            f"{seen} images; {asked.questions} other questions a point, six images unless said otherwise."
+            f"{shape.n_layers} layers of {shape.n_heads} heads, calibrated on {len(study.statistics)} prompts of two "
+            f"to six images with a budget of {choice['budget']:g} nats on {choice['held_out_prompts']} others; "
+            f"{asked.questions} further questions a point, six images unless said otherwise."
         )
         six = study.ask(evaluate.make_puzzles(6, asked.questions, evaluate.EVALUATION_SEEDS))
         for part in asked.parts:

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from blindsight_cli.commands.demo import SHIPPED_MODEL
+from blindsight_cli.smallvlm import evaluate
 from blindsight_study import video
 from blindsight_study.video_page import write_page
 from shared_profiles._atomic import write_atomically
@@ -33,6 +34,7 @@ def main() -> None:
     results = {
         "about": f"`{asked.checkpoint.name}`, {asked.prompts} prompts of 2 to 6 pictures to calibrate on, "
         f"{asked.questions} other questions about 6 pictures.",
+        "budget": evaluate.BUDGET,
         "answers": video.answers(study),
         "looks": video.looks(study),
         "categories": video.categories(study),

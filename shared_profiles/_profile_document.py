@@ -32,8 +32,12 @@ def encode(profile: Profile) -> dict[str, Any]:
         "choice": profile.choice,
         "provenance": None if profile.provenance is None else asdict(profile.provenance),
         "statistics": None if profile.summary is None else _statistics(profile.summary),
-        "curve": [{**asdict(point), "heads": point.heads and list(point.heads)} for point in profile.curve],
+        "curve": [_point(point) for point in profile.curve],
     }
+
+
+def _point(point: CurvePoint) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(point).items()}
 
 
 def _statistics(summary: Summary) -> dict[str, Any]:
@@ -138,6 +142,7 @@ _PARTS: dict[str, form.Decoder] = {
                 "accuracy": form.optional(form.number),
                 "agreement": form.optional(form.number),
                 "n_prompts": form.optional(form.integer),
+                "n_images": form.optional(form.sequence(form.integer)),
                 "heads": form.optional(form.sequence(form.text)),
             },
         )

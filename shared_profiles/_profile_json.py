@@ -18,7 +18,7 @@ import numpy as np
 from shared_profiles._values import rounded
 from shared_profiles.profile_parts import ProfileError
 
-VERSION = 2
+VERSION = 3
 SCHEMA = f"blindsight.profile/{VERSION}"
 LARGEST_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly
 
@@ -66,8 +66,8 @@ def parse(text: str | bytes) -> dict[str, Any]:
         raise ProfileError(f"schema must be {SCHEMA!r}. Got {schema!r}: not a BlindSight profile. Check the path.")
     if (version := int(known[1])) != VERSION:
         advice = "Install a newer BlindSight." if version > VERSION else "Run calibrate again with this version."
-        age = "newer" if version > VERSION else "older"
-        raise ProfileError(f"schema must be {SCHEMA!r}. Got {schema!r}, a {age} format. {advice}")
+        age = "a newer" if version > VERSION else "an older"
+        raise ProfileError(f"schema must be {SCHEMA!r}. Got {schema!r}, {age} format. {advice}")
     return document
 
 

@@ -3,13 +3,13 @@
     Summary ──► Path ──► bisect on the KL measured on held-out prompts ──► Profile: categories and the measured curve
 
 The path only says in which order heads are made cheaper; how far to go along it is measured, never estimated. Every
-measured point stays in the profile, so another budget can be served from it without the model.
+measured point stays in the profile, so another budget can be served from it without the model. The budget holds for
+prompts of few images and of many: what counts is the worst group (`measured`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from shared_profiles._values import rounded
 from shared_profiles.categories import Category
 from shared_profiles.classifier import Thresholds, classify
+from shared_profiles.measured import Measure
 from shared_profiles.path import kept_pairs, pairs_of, path_of
 from shared_profiles.profile import CurvePoint, Profile
 from shared_profiles.profile_parts import heads_of
@@ -32,7 +33,8 @@ class Budget:
     """What sparsity may cost.
 
     Attributes:
-        kl: mean KL divergence from the dense model of the next-token distribution at the answer, in nats.
+        kl: KL divergence from the dense model of the next-token distribution at the answer, in nats: the mean over
+            prompts with about equally many images, in whichever such group it is worst.
         ranking: one of `RANKINGS`: what orders the heads.
 
     Raises:
@@ -78,37 +80,6 @@ def rankings_for(budget: Budget | None) -> tuple[str, ...]:
     if budget is None or budget.ranking == "error":
         return ()
     return ("gradient", "residual") if budget.ranking == "gradient" else ("residual",)
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What one choice of categories did to N held-out prompts.
-
-    Attributes:
-        kl: `[N]` float64, KL divergence of the next token from the dense model's, in nats; rounding may take it a
-            little below 0.
-        agree: `[N]` bool, whether the likeliest next token is the dense model's.
-    """
-
-    kl: np.ndarray
-    agree: np.ndarray
-
-
-type Measure = Callable[[np.ndarray], Measured]
-"""Runs the held-out prompts with categories `[L, H]`."""
-
-
-def divergence(dense: np.ndarray, sparse: np.ndarray) -> Measured:
-    """What separates two models' next tokens.
-
-    Args:
-        dense, sparse: `[N, V]` log-probabilities.
-    """
-    p = np.asarray(dense, dtype=np.float64)
-    q = np.asarray(sparse, dtype=np.float64)
-    with np.errstate(invalid="ignore"):  # 0 * (-inf - -inf): an impossible token
-        terms = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q))
-    return Measured(terms.sum(axis=-1), p.argmax(axis=-1) == q.argmax(axis=-1))
 
 
 def tune(profile: Profile, budget: Budget, measure: Measure, *, held_out: str | None = None) -> Profile:
@@ -210,7 +181,7 @@ def point_of(profile: Profile, categories: np.ndarray, measure: Measure) -> Curv
         ValueError: nothing was measured, or the divergence is not a number.
     """
     measured = measure(categories)
-    kl = float(measured.kl.mean()) if len(measured.kl) else math.nan
+    kl, n_images = measured.worst() if len(measured.kl) else (math.nan, None)
     if not math.isfinite(kl):
         raise ValueError(
             f"the divergence on held-out prompts must be a finite number. Got {kl} over {len(measured.kl)} prompts. "
@@ -221,6 +192,7 @@ def point_of(profile: Profile, categories: np.ndarray, measure: Measure) -> Curv
         kl=max(kl, 0.0),
         agreement=float(measured.agree.mean()),
         n_prompts=len(measured.kl),
+        n_images=n_images,
         heads=heads_of(categories),
     )
 

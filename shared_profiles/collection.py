@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 
@@ -65,20 +66,20 @@ class Collector[P]:
         self._stream: Iterator[tuple[str, P | None]] = ((prompt_digest(arrays(prompt)), prompt) for prompt in prompts)
         self._sinks: dict[str, SinkMass] = {}
 
-    @property
-    def template(self) -> SinkTemplate | None:
-        """The sink template of the statistics in the state files; None where there are none yet."""
-        return self._files.template
+    def learn(self, measure: Callable[[P], SinkMass | None], local_block: int | None) -> SinkTemplate:
+        """The sink template of the statistics in the state files; where there are none yet, a learned one.
 
-    def learn(self, measure: Callable[[P], SinkMass | None], local_block: int) -> SinkTemplate:
-        """The sink template that the first `LEARN_FROM` prompts lead to, held-out ones excepted; before `collect`.
-
-        One process measures for all.
+        It is what the first `LEARN_FROM` prompts lead to, held-out ones excepted. One process measures for all. Call it
+        before `collect`.
 
         Args:
             measure: gives what a prompt's image rows look at, None if it has fewer than two images.
-            local_block: see `SinkTemplate`.
+            local_block: see `SinkTemplate`; None for that of the stored template, or the default.
         """
+        if (stored := self._files.template) is not None:
+            return stored if local_block is None else replace(stored, local_block=local_block)
+        if local_block is None:
+            local_block = SinkTemplate.local_block
         if self._processes.rank == 0:
             self._read_sinks(measure)
         self._sinks = self._processes.gather(self._sinks)[0]

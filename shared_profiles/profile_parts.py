@@ -119,11 +119,13 @@ class CurvePoint:
 
     Attributes:
         kept: fraction of the dense query-key pairs that the whole model computes, in [0, 1].
-        kl: mean KL divergence from the dense model of the next-token distribution at the answer, in nats, at least 0.
+        kl: KL divergence from the dense model of the next-token distribution at the answer, in nats, at least 0: the
+            mean over the prompts of `n_images`, where it is worst (`shared_profiles.measured`).
         accuracy: share of right answers in [0, 1], or None where it was not measured.
         agreement: share of prompts whose likeliest next token is the dense model's, in [0, 1], or None.
-        n_prompts: how many prompts the means are over, or None where nobody wrote it down.
+        n_prompts: how many prompts were measured, or None where nobody wrote it down.
         heads: L rows of H letters of `LETTERS`: the categories that were measured; None where nobody wrote them down.
+        n_images: the fewest and the most images of the prompts that `kl` is over; None if nobody wrote it down.
 
     Raises:
         ValueError: a value is out of its range.
@@ -135,6 +137,7 @@ class CurvePoint:
     agreement: float | None = None
     n_prompts: int | None = None
     heads: tuple[str, ...] | None = None
+    n_images: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("kept", "kl", "accuracy", "agreement"):
@@ -148,6 +151,11 @@ class CurvePoint:
             object.__setattr__(self, name, rounded(value))
         if self.n_prompts is not None:
             _require_positive("n_prompts", self.n_prompts)
+        if self.n_images is not None:
+            least_most = tuple(self.n_images)
+            if len(least_most) != 2 or not all(is_integer(n, 2) for n in least_most) or least_most[0] > least_most[1]:
+                raise ValueError(f"n_images must be the fewest and the most, at least 2. Got {least_most!r:.80}.")
+            object.__setattr__(self, "n_images", least_most)
         if self.heads is not None:
             rows = tuple(self.heads)
             if not rows or not rows[0] or any(len(row) != len(rows[0]) or row.strip(LETTERS) for row in rows):

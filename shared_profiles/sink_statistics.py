@@ -11,7 +11,7 @@ mean over the image rows that have an earlier image, the rows that a sparse cate
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,34 @@ def visible_pairs(layout: Layout, window: int | None, reach: int = REACH) -> np.
 
 
 @dataclass(frozen=True, eq=False)
+class SinkRows:
+    """What is measured of a prompt of at least two images, and where: few keys tell nearly all.
+
+    Attributes:
+        rows: `[R]` int64 positions of the image rows that have an earlier image, ascending.
+        stops: `[R]` int64, where each row's own image begins, its delimiter included: earlier keys are others'.
+        keys: `[P]` int64 positions, ascending, of text and of every bin but the middle.
+        bins: `[P]` int64, the bin of each; `2 * reach + 1` for text.
+    """
+
+    rows: np.ndarray
+    stops: np.ndarray
+    keys: np.ndarray
+    bins: np.ndarray
+
+    @classmethod
+    def of(cls, layout: Layout, reach: int = REACH) -> SinkRows:
+        """Those of a prompt, with this many offsets told apart."""
+        images = layout.images[1:]
+        rows = concatenated_ranges(images[:, 1], images[:, 2])
+        stops = np.repeat(images[:, 0], images[:, 2] - images[:, 1])
+        bins = offset_bins(layout, reach)
+        bins[layout.text] = 2 * reach + 1
+        keys = np.flatnonzero((bins >= 0) & (bins != reach) & (np.arange(layout.n_tokens) < stops[-1]))
+        return cls(rows, stops, keys, bins[keys])
+
+
+@dataclass(frozen=True, eq=False)
 class SinkMass:
     """What image rows look at; `own + text + others.sum(-1)` is 1, up to rounding.
 
@@ -110,6 +138,25 @@ class SinkMass:
         average = others.sum(-1, keepdims=True) / np.maximum(pairs.sum(-1, keepdims=True), 1e-12)
         each = others / np.where(pairs > 0, pairs, np.inf)
         return np.divide(each, average, out=np.zeros_like(each), where=average > 0)
+
+    @classmethod
+    def of(cls, layout: Layout, windows: Sequence[int | None], told: np.ndarray, kept: np.ndarray) -> SinkMass:
+        """What was measured of a prompt.
+
+        Args:
+            layout: the prompt.
+            windows: L sliding windows.
+            told: `[L, H, 2 * reach + 2]` float64, mass on every bin of `SinkRows`, a mean over its rows; the middle's
+                is not looked at: it is what is left over.
+            kept: `[L, H]` float64, mass on own image and text together.
+        """
+        others, text = told[..., :-1].copy(), told[..., -1]
+        reach = others.shape[-1] // 2
+        others[..., reach] = 0.0
+        # Rounding may leave a little less than nothing.
+        others[..., reach] = np.maximum(0.0, 1.0 - kept - others.sum(-1))
+        pairs = {window: visible_pairs(layout, window, reach) for window in set(windows)}
+        return cls(np.maximum(0.0, kept - text), text, others, np.array([pairs[window] for window in windows]))
 
     @classmethod
     def mean(cls, masses: Iterable[SinkMass]) -> SinkMass:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from profile_strategies import fingerprint, summary_of
-from shared_profiles.budget import Budget, Measured, tune
+from shared_profiles.budget import Budget, tune
 from shared_profiles.categories import SPARSE, Category
+from shared_profiles.measured import Measured
 from shared_profiles.profile import Profile
 from shared_profiles.profile_parts import heads_of
 from shared_profiles.summary import Summary
@@ -42,7 +43,7 @@ class Model:
         self.asked.append(heads_of(categories))
         value = self.kl(categories)
         spread = np.linspace(0.5, 1.5, self.n)  # prompts differ; the mean counts
-        return Measured(value * spread, np.ones(self.n, dtype=bool))
+        return Measured(value * spread, np.ones(self.n, dtype=bool), np.full(self.n, 2))
 
 
 def tuned_profile() -> Profile:

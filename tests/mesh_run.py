@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections import Counter
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 import tiny_models
 from jax_blindsight import attention, generation, prefill, stack
 from jax_blindsight.attention import attend
+from jax_blindsight.calibration import measure
 from jax_blindsight.convert import path_name
 from jax_blindsight.model import Weights
 from jax_blindsight.params import Params, load, save
 from jax_blindsight.sharding import make_mesh
+from jax_blindsight.sinks import measure_sinks
 from jax_blindsight.work import attention_work
 from jax_checkpoints import save_tiny
 from shared_profiles import Layout, SinkTemplate
@@ -64,6 +67,12 @@ def recorded(module: Any, name: str, seen: dict[str, dict[str, int]]) -> None:
 
 def equal(a: Weights, b: Weights) -> bool:
     return jax.tree.all(jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b))
+
+
+def gaps(a: Any, b: Any) -> list[float]:
+    """The largest difference of each array, or number, of two records."""
+    values = (jax.tree.leaves([getattr(x, field.name) for field in fields(x)]) for x in (a, b))
+    return [float(np.abs(np.subtract(x, y)).max()) for x, y in zip(*values, strict=True)]
 
 
 def refused(run: Any) -> str:
@@ -134,7 +143,7 @@ class Run:
         return {
             "difference": float(np.abs(np.subtract(*self.logits)).max()),
             "largest": float(np.abs(self.logits[0]).max()),
-            "collectives": self.collectives,
+            "collectives": dict(self.collectives),  # as of now
             "cache": self.cache.addressable_shards[0].data.shape[:2],
         }
 
@@ -157,6 +166,16 @@ class Run:
             "shardings": shardings[0] == shardings[1],
         }
 
+    def measured(self) -> dict[str, float]:
+        """The largest difference in what calibration measures of one prompt, heads on two devices instead of one."""
+        some = {name: x.numpy() for name, x in tiny_models.make_inputs("qwen2_5_vl", [tiny_models.make_ids(3)]).items()}
+        template, two = SinkTemplate((0, 1), (1, 2), 8), self.load(mesh=make_mesh(model=2))
+        found = {
+            "statistics": [measure(p, some, template, rankings=("gradient", "residual")) for p in (self.one, two)],
+            "sinks": [measure_sinks(p, some) for p in (self.one, two)],
+        }
+        return {name: max(gaps(*pair)) for name, pair in found.items()}
+
     def refusals(self) -> dict[str, str]:
         words = {"input_ids": np.full((1, 8), 20), "attention_mask": np.ones((1, 8), dtype=np.int64)}
         return {
@@ -172,7 +191,7 @@ def main(family: str, folder: str) -> None:
         found = Run(family, Path(folder), [[3, 3, 3, 3]] * 2).prefill()
     else:
         run = Run(family, Path(folder), [[3, 3, 0, 0], [3, 3, 3, 3]])
-        parts = (run.prefill, run.generate, run.shares, run.saved, run.refusals)
+        parts = (run.prefill, run.generate, run.shares, run.saved, run.measured, run.refusals)
         found = run.prefill() | {part.__name__: part() for part in parts} | {"attention": attention_alone()}
     print(json.dumps(found))
 

@@ -98,6 +98,7 @@ def curve_points(n_layers: int, n_heads: int) -> st.SearchStrategy[CurvePoint]:
         agreement=st.none() | fractions,
         n_prompts=st.none() | st.integers(1, 2**53 - 1),
         heads=st.none() | heads.map(tuple),
+        n_images=st.none() | st.lists(st.integers(2, 9), min_size=2, max_size=2).map(sorted).map(tuple),
     )
 
 
@@ -128,5 +129,5 @@ def plain_profile() -> Profile:
         summary=summary,
         choice=thresholds.to_choice(),
         provenance=Provenance("puzzles", "sha256:" + "d4" * 32, 40, 9000, "2026-11-21T03:40:49Z", {"torch": "2.11.0"}),
-        curve=(CurvePoint(0.4, 0.002, 0.9, 0.95, 16, ("DSI", "BBD")), CurvePoint(0.6, 0.001)),
+        curve=(CurvePoint(0.4, 0.002, 0.9, 0.95, 16, ("DSI", "BBD"), (5, 6)), CurvePoint(0.6, 0.001)),
     )

@@ -21,7 +21,7 @@ def test_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(criteria, "BOOTSTRAPS", 3)
     monkeypatch.setattr(criteria, "KNOBS", {"gamma_dense": (0.3, 1.0)})
     monkeypatch.setattr(criteria, "SINKS", {name: criteria.SINKS[name] for name in list(criteria.SINKS)[::3]})
-    sizes = ["--prompts", "24", "--questions", "3", "--target-questions", "4", "--random", "1"]
+    sizes = ["--prompts", "18", "--held-out", "7", "--questions", "3", "--target-questions", "4", "--random", "1"]
     command = ["x", "--state", tmp_path / "toy.npz", "--name", "toy", "--out", tmp_path / "results", *sizes]
     monkeypatch.setattr(sys, "argv", [str(x) for x in command])
     (tmp_path / "results").mkdir()

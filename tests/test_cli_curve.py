@@ -16,9 +16,9 @@ from shared_profiles.classifier import Thresholds
 from test_cli_report import sample
 
 ROWS = (
-    CurveRow(1.0, 0.0, 1.0, None, 40, chosen=False),
-    CurveRow(0.6, 0.0005, 0.99, 0.953, 40, chosen=True),
-    CurveRow(0.45, 0.021, 0.9, None, None, chosen=False),
+    CurveRow(1.0, 0.0, 1.0, None, 40, None, chosen=False),
+    CurveRow(0.6, 0.0005, 0.99, 0.953, 40, (5, 6), chosen=True),
+    CurveRow(0.45, 0.021, 0.9, None, None, (6, 6), chosen=False),
 )
 
 
@@ -34,7 +34,7 @@ def test_the_page_opens_with_the_curve() -> None:
     section = page[page.index('id="curve"') : page.index('id="heads"')]
     assert len(re.findall(r'class="point', section)) == 3 and len(re.findall(r'class="point chosen"', section)) == 1
     assert "budget 0.010" in section and "The 3 measured points" in section
-    for cell in ("60.0%", "0.00050", "99.0%", "95.3%", "chosen", "–"):
+    for cell in ("60.0%", "0.00050", "99.0%", "95.3%", "5-6", "6", "chosen", "–"):
         assert f">{cell}</td>" in section
     without = render(report(curve=(), budget=None))
     assert 'id="curve"' not in without and "By &lt;budget&gt;." in without
@@ -61,9 +61,9 @@ def test_a_curve_travels_as_json() -> None:
     with pytest.raises(ValueError, match=r"curve\[0\]: chosen must be true or false"):
         ReportData.from_json(document)
     with pytest.raises(ValueError, match=r"kept must lie in \[0.0, 1.0\]"):
-        CurveRow(1.5, 0.0, None, None, None, chosen=False)
+        CurveRow(1.5, 0.0, None, None, None, None, chosen=False)
     with pytest.raises(ValueError, match="kl must be at least 0"):
-        CurveRow(0.5, -0.1, None, None, None, chosen=False)
+        CurveRow(0.5, -0.1, None, None, None, None, chosen=False)
 
 
 def test_what_a_profile_says() -> None:

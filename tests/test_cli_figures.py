@@ -26,10 +26,13 @@ from blindsight_cli.report import figures
         (figures.nats, 0.0, "0"),
         (figures.flops, 1.254e12, "1.25 TFLOP"),
         (figures.flops, 999.9e9, "1.00 TFLOP"),
+        (figures.span, (5, 6), "5-6"),
+        (figures.span, (6, 6), "6"),
+        (figures.span, None, ""),
         (figures.parameters, 7_620_000_000, "7.62 B"),
     ],
 )
-def test_numbers_are_written_with_the_digits_they_have(write, value: float, text: str) -> None:
+def test_numbers_are_written_with_the_digits_they_have(write, value, text: str) -> None:
     assert write(value) == text
 
 

@@ -60,6 +60,11 @@ def test_decode_steps_send_sums_only(qwen):
     assert all(kind.startswith("all-reduce ") for kind in qwen["collectives"]["_step"])
 
 
+def test_calibration_measures_what_it_does_on_one_device(qwen):
+    assert 0 <= qwen["measured"]["sinks"] < 1e-6
+    assert 0 <= qwen["measured"]["statistics"] < 1e-5
+
+
 def test_projections_are_split_and_norms_are_not(qwen):
     shares = qwen["shares"]
     for path, share in shares.items():

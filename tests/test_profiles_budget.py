@@ -17,7 +17,6 @@ from shared_profiles.budget import (
     EVALUATIONS,
     Budget,
     chosen_point,
-    divergence,
     retune,
     retune_by_thresholds,
     tune,
@@ -237,23 +236,3 @@ def test_thresholds_choose_from_the_same_statistics_and_can_be_verified():
     assert len(measured.curve) == len(tuned.curve) + 1
     assert verify(measured, Model(lambda _: 0.25)).curve != measured.curve
     assert len(verify(measured, Model(lambda _: 0.25)).curve) == len(measured.curve)
-
-
-# --- what is measured
-
-
-@given(st.integers(1, 5), st.integers(2, 9), st.integers(0, 2**32))
-def test_divergence_is_that_of_the_definition(n, size, seed):
-    rng = np.random.default_rng(seed)
-    p, q = (rng.dirichlet(np.ones(size), n) for _ in range(2))
-    measured = divergence(np.log(p), np.log(q))
-    np.testing.assert_allclose(measured.kl, (p * np.log(p / q)).sum(axis=1), rtol=1e-9, atol=1e-12)
-    np.testing.assert_array_equal(measured.agree, p.argmax(axis=1) == q.argmax(axis=1))
-    assert divergence(np.log(p), np.log(p)).kl.max() == 0
-
-
-def test_impossible_tokens_count_nothing():
-    with np.errstate(divide="ignore"):
-        dense = np.log(np.array([[0.5, 0.5, 0.0]]))
-    assert divergence(dense, dense).kl[0] == 0
-    assert divergence(dense, np.log([[0.25, 0.25, 0.5]])).kl[0] == pytest.approx(np.log(2))

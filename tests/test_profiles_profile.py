@@ -54,7 +54,7 @@ def test_the_text_is_canonical_json_with_six_digits():
     assert text == json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
     assert document["choice"] == {"method": "budget", "kl": 0.123457, "tries": [1, 0.1, 0.0]}
     assert "-0.0" not in text
-    assert document["schema"] == "blindsight.profile/2"
+    assert document["schema"] == "blindsight.profile/3"
     assert document["categories"][0][0] in Category.__members__
 
 
@@ -165,6 +165,12 @@ def test_a_provenance_refuses(changes, message):
         ((0.5, 0.0, None, None, 0), "n_prompts must be a positive integer"),
         ((0.5, 0.0, None, None, 1, ("DD", "D")), "heads must be equally long rows of the letters DSIB"),
         ((0.5, 0.0, None, None, 1, ("DX",)), "heads must be equally long rows of the letters DSIB"),
+        (
+            (0.5, 0.0, None, None, 1, None, (6, 2)),
+            r"n_images must be the fewest and the most.* Got \(6, 2\)",
+        ),
+        ((0.5, 0.0, None, None, 1, None, (1, 2)), "n_images must be the fewest and the most, at least 2"),
+        ((0.5, 0.0, None, None, 1, None, (2, 3, 4)), "n_images must be the fewest and the most"),
     ],
 )
 def test_a_curve_point_refuses(values, message):

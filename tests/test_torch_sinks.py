@@ -12,38 +12,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_inputs import draw_inputs
-from shared_profiles import Category, Layout, SinkTemplate, category_mask
-from shared_profiles.sink_statistics import SinkMass, learn_template, offset_bins
+from shared_profiles import Category, Layout
+from shared_profiles.sink_statistics import SinkMass, learn_template
+from sinks_by_hand import REACH, by_hand, lse, stacked
 from strategies import layouts, windows
 from tiny_models import END, START, family_names, make_ids, make_inputs, make_model
 from torch_blindsight import sinks
 from torch_blindsight.maps import attention_maps
 from torch_blindsight.sinks import SinkMeter, WithoutDelimiters, measure_sinks
-
-REACH = 3
-
-
-def by_hand(q, k, layout, scale, window):
-    """Mass `[H, 2 * REACH + 3]` on own image, text, and the bins, from the whole attention matrix in float64."""
-    mask = torch.from_numpy(category_mask(layout, Category.DENSE, SinkTemplate(), window=window))
-    keys = k.repeat_interleave(len(q) // len(k), dim=0).double()
-    weights = ((q.double() @ keys.mT) * scale).masked_fill(~mask, -torch.inf).softmax(-1).numpy()
-    bins, total, n = offset_bins(layout, REACH), 0, 0
-    is_text = np.isin(np.arange(layout.n_tokens), layout.text)
-    for begin, first, last, end in layout.images[1:].tolist():
-        for p in range(first, last):
-            row = weights[:, p]
-            own = row[:, begin:end].sum(-1)
-            others = [(row[:, :begin] * (bins[:begin] == b)).sum(-1) for b in range(2 * REACH + 1)]
-            total, n = total + np.stack([own, row[:, is_text].sum(-1), *others], axis=-1), n + 1
-    return total / n
-
-
-def lse(q, k, layout, category, scale, window):
-    """Log-sum-exp `[H, T]` float64 under a category."""
-    mask = torch.from_numpy(category_mask(layout, category, SinkTemplate(), window=window))
-    keys = k.repeat_interleave(len(q) // len(k), dim=0).double()
-    return ((q.double() @ keys.mT) * scale).masked_fill(~mask, -torch.inf).logsumexp(-1)
 
 
 def metered(q, k, layout, scale, window):
@@ -53,11 +29,6 @@ def metered(q, k, layout, scale, window):
     meter.add(0, q[None], k[None], scale, window, dense, intra)
     (mass,) = meter.records()
     return mass
-
-
-def stacked(mass):
-    """A record of one layer as `by_hand` has it."""
-    return np.concatenate([mass.own[0, :, None], mass.text[0, :, None], mass.others[0]], axis=-1)
 
 
 @settings(max_examples=40)

@@ -143,16 +143,13 @@ def _template(
     model: nn.Module, collector: Collector[Mapping[str, Any]], local_block: int | None, impl: Name | None
 ) -> SinkTemplate:
     """The template of the statistics that there are; where there are none, a learned one."""
-    if (stored := collector.template) is not None:
-        return stored if local_block is None else replace(stored, local_block=local_block)
-    width = SinkTemplate.local_block if local_block is None else local_block
 
     def measure(prompt: Mapping[str, Any]) -> SinkMass | None:
         reading = read_sinks(model, mode, prompt)
         return None if reading is None else reading.mass
 
     with observing(model, lambda info, attend: SinkMode(info, attend, REACH), impl) as mode:
-        return collector.learn(measure, width)
+        return collector.learn(measure, local_block)
 
 
 @contextmanager

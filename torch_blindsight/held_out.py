@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from shared_profiles import Layout
-from shared_profiles.budget import Measured, divergence
+from shared_profiles.measured import Measured, divergence
 from shared_profiles.processes import ALONE, Processes
 from shared_profiles.profile import Profile
 from shared_profiles.split import require_held_out
@@ -58,7 +58,7 @@ class HeldOut:
         self._processes = processes
         self._prompts: dict[str, Mapping[str, Any]] = {}  # this process's
         self._dense: dict[str, np.ndarray] = {}  # [1, V] float32 each
-        lengths: dict[str, int] = {}
+        sizes: dict[str, tuple[int, int]] = {}
         reference = _Reference()
         with self._patched(reference):
             for turn, prompt_id in enumerate(sorted(prompts)):
@@ -68,9 +68,11 @@ class HeldOut:
                 log_probs = self._log_probs(prompts[prompt_id])
                 if reference.layout is not None:
                     self._prompts[prompt_id], self._dense[prompt_id] = prompts[prompt_id], log_probs
-                    lengths[prompt_id] = reference.layout.stop - reference.layout.start
-        together = {k: n for theirs in processes.gather(lengths) for k, n in theirs.items()}
-        self.n_tokens = {prompt_id: together[prompt_id] for prompt_id in sorted(together)}
+                    layout = reference.layout
+                    sizes[prompt_id] = layout.stop - layout.start, layout.n_images
+        together = dict(sorted((k, size) for theirs in processes.gather(sizes) for k, size in theirs.items()))
+        self.n_tokens = {prompt_id: n for prompt_id, (n, _) in together.items()}
+        self._n_images = np.array([n for _, n in together.values()])
         require_held_out(len(self.n_tokens), len(prompts))
 
     def __call__(self, categories: np.ndarray) -> Measured:
@@ -80,16 +82,16 @@ class HeldOut:
             RuntimeError: a prefill that should have run sparse did not.
         """
         profile = replace(self._profile, categories=categories, curve=())
-        mine: dict[str, Measured] = {}
+        mine: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         with self._patched(SparseMode(profile, self._implementation, self._info, break_even=False)) as handle:
             for prompt_id, prompt in self._prompts.items():
                 mine[prompt_id] = divergence(self._dense[prompt_id], self._log_probs(prompt))
             ran = handle.report()["forwards"]
         if categories.any() and set(ran) - {"sparse"}:
             raise RuntimeError(f"all {len(self._prompts)} held-out prompts must have run sparse. Got {ran}.")
-        all_ = {k: measured for theirs in self._processes.gather(mine) for k, measured in theirs.items()}
-        found = [all_[prompt_id] for prompt_id in self.n_tokens]
-        return Measured(np.concatenate([x.kl for x in found]), np.concatenate([x.agree for x in found]))
+        all_ = {k: found for theirs in self._processes.gather(mine) for k, found in theirs.items()}
+        kl, agree = zip(*(all_[prompt_id] for prompt_id in self.n_tokens), strict=True)
+        return Measured(np.concatenate(kl), np.concatenate(agree), self._n_images)
 
     def _patched(self, mode: Mode) -> Handle:
         handle = Handle(self._model, self._info, mode, self._implementation)

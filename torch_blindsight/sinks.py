@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_profiles import Category, Layout, SinkTemplate
-from shared_profiles.layout import concatenated_ranges
-from shared_profiles.sink_statistics import REACH, SinkMass, offset_bins, visible_pairs
+from shared_profiles.sink_statistics import REACH, SinkMass, SinkRows
 from torch_blindsight.attention import AttendLayer, Prefill
 from torch_blindsight.implementations import Attend, Name, implementation
 from torch_blindsight.models import ModelInfo, inspect_model
@@ -42,9 +41,8 @@ class SinkMeter:
     def __init__(self, layouts: list[Layout], info: ModelInfo, reach: int = REACH) -> None:
         self.layouts, self.reach = layouts, reach
         self._windows: list[int | None] = [None] * info.n_layers
-        self._shape = info.n_layers, info.n_heads
-        self._sums = np.zeros((len(layouts), *self._shape, 2 * reach + 2))  # the bins, then text
-        self._kept = np.zeros((len(layouts), *self._shape))  # own image and text
+        shape = len(layouts), info.n_layers, info.n_heads
+        self._told, self._kept = np.zeros((*shape, 2 * reach + 2)), np.zeros(shape)  # as in `SinkMass.of`
 
     @torch.no_grad()
     def add(
@@ -69,25 +67,18 @@ class SinkMeter:
     def _add_row(
         self, b: int, layer: int, q: Tensor, k: Tensor, scale: float, window: int | None, dense: Tensor, intra: Tensor
     ) -> None:
-        layout, n_bins = self.layouts[b], 2 * self.reach + 1
-        images = layout.images[1:]
-        rows = concatenated_ranges(images[:, 1], images[:, 2])
-        begins = np.repeat(images[:, 0], images[:, 2] - images[:, 1])  # of each row's own image
-        bins = offset_bins(layout, self.reach)
-        bins[layout.text] = n_bins
-        packed = np.flatnonzero((bins >= 0) & (bins != self.reach) & (np.arange(layout.n_tokens) < begins[-1]))
-        where, group = torch.from_numpy(packed).to(k.device), q.shape[0] // k.shape[0]
+        found, n_bins = SinkRows.of(self.layouts[b], self.reach), 2 * self.reach + 1
+        where, group = torch.from_numpy(found.keys).to(k.device), q.shape[0] // k.shape[0]
         keys = k[:, where].float()  # [K, P, D]
-        which = (
-            torch.nn.functional.one_hot(torch.from_numpy(bins[packed]), n_bins + 1).double().to(k.device)
-        )  # [P, bins]
+        bins = torch.from_numpy(found.bins).to(k.device)
+        which = torch.nn.functional.one_hot(bins, n_bins + 1).double()  # [P, bins]
         sums = torch.zeros(q.shape[0], n_bins + 1, dtype=torch.float64, device=q.device)
         kept = torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
-        step = max(1, _SCORES // (q.shape[0] * len(packed)))
-        for some in range(0, len(rows), step):
-            at = torch.from_numpy(rows[some : some + step]).to(q.device)
-            stops = torch.from_numpy(begins[some : some + step]).to(q.device)
-            seen = int(np.searchsorted(packed, begins[min(some + step, len(rows)) - 1]))  # keys before the last of them
+        step = max(1, _SCORES // (q.shape[0] * len(found.keys)))
+        for some in range(0, len(found.rows), step):
+            at = torch.from_numpy(found.rows[some : some + step]).to(q.device)
+            stops = torch.from_numpy(found.stops[some : some + step]).to(q.device)
+            seen = int(np.searchsorted(found.keys, found.stops[some : some + step][-1]))  # before the last of them
             queries = q[:, at].float().unflatten(0, (-1, group)).flatten(1, 2)  # [K, G * R, D]
             scores = (queries @ keys[:, :seen].mT).unflatten(1, (group, -1)).flatten(0, 1) * scale  # [H, R, P]
             hidden = where[:seen] >= stops[:, None]
@@ -96,24 +87,15 @@ class SinkMeter:
             scores = torch.exp(scores - dense[:, at, None]).masked_fill_(hidden, 0.0)
             sums += scores.sum(1).double() @ which[:seen]
             kept += torch.exp(intra[:, at] - dense[:, at]).double().sum(1)
-        self._sums[b, layer] = (sums / len(rows)).cpu().numpy()
-        self._kept[b, layer] = (kept / len(rows)).cpu().numpy()
+        self._told[b, layer] = (sums / len(found.rows)).cpu().numpy()
+        self._kept[b, layer] = (kept / len(found.rows)).cpu().numpy()
 
     def records(self) -> list[SinkMass | None]:
         """One record per batch row, None for rows with fewer than two images."""
-        return [self._record(b) if layout.n_images >= 2 else None for b, layout in enumerate(self.layouts)]
-
-    def _record(self, b: int) -> SinkMass:
-        others, text = self._sums[b, ..., :-1].copy(), self._sums[b, ..., -1]
-        # What is left over; rounding may leave a little less than nothing.
-        others[..., self.reach] = np.maximum(0.0, 1.0 - self._kept[b] - others.sum(-1))
-        pairs = {window: visible_pairs(self.layouts[b], window, self.reach) for window in set(self._windows)}
-        return SinkMass(
-            own=np.maximum(0.0, self._kept[b] - text),
-            text=text,
-            others=others,
-            pairs=np.array([pairs[window] for window in self._windows]),
-        )
+        return [
+            SinkMass.of(layout, self._windows, told, kept) if layout.n_images >= 2 else None
+            for layout, told, kept in zip(self.layouts, self._told, self._kept, strict=True)
+        ]
 
 
 class SinkMode:

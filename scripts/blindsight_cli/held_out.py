@@ -9,7 +9,7 @@ import numpy as np
 
 from blindsight_cli.backends import Backend, Prompt
 from shared_profiles import SinkTemplate
-from shared_profiles.budget import Measured, divergence
+from shared_profiles.measured import Measured, divergence
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, prompt_digest
 from shared_profiles.split import require_held_out
@@ -34,11 +34,15 @@ class HeldOut:
         self._model, self._profile = model, profile
         self.prompts: dict[str, Prompt] = {}
         n = 0
+        n_images: dict[str, list[int]] = {}
         for prompt in prompts:
             n += 1
-            if all(layout.n_images >= 2 for layout in model.facts.layouts(prompt)):
-                self.prompts[prompt_digest({name: x.cpu().numpy() for name, x in prompt.items()})] = prompt
+            rows = [layout.n_images for layout in model.facts.layouts(prompt)]
+            if min(rows) >= 2:
+                digest = prompt_digest({name: x.cpu().numpy() for name, x in prompt.items()})
+                self.prompts[digest], n_images[digest] = prompt, rows
         require_held_out(len(self.prompts), n)
+        self._n_images = np.concatenate(list(n_images.values()))
         self.dense = np.concatenate([model.next_token(x, None)[0] for x in self.prompts.values()])  # [N, V]
 
     @property
@@ -65,4 +69,4 @@ class HeldOut:
 
     def __call__(self, categories: np.ndarray) -> Measured:
         """Measures categories `[L, H]`."""
-        return divergence(self.dense, self.log_probs(categories))
+        return Measured(*divergence(self.dense, self.log_probs(categories)), self._n_images)

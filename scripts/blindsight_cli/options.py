@@ -27,7 +27,8 @@ DEFAULT_BUDGET = 0.01
 BudgetOption = Annotated[
     float | None,
     typer.Option(
-        help="Allowed KL divergence of the next token, in nats; the default way to choose.", show_default="0.01"
+        help="Allowed KL divergence of the next token, in nats, for any number of images; the default way to choose.",
+        show_default="0.01",
     ),
 ]
 RankingOption = Annotated[

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from blindsight_cli.evaluation.statistics import PairedCounts
-from shared_profiles.budget import divergence
+from shared_profiles.measured import divergence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -36,10 +36,11 @@ def effect(dense: np.ndarray, sparse: np.ndarray, expected: np.ndarray) -> dict[
         `kl`, nats, a mean; `agreement`, a share; `answers`, the fields of `PairedCounts`.
     """
     said, instead = dense.argmax(-1), sparse.argmax(-1)
+    kl, agree = divergence(dense, sparse)
     was, is_ = said == expected, instead == expected
     counts = PairedCounts(*(int(way.sum()) for way in (was & is_, was & ~is_, ~was & is_, ~was & ~is_)))
     return {
-        "kl": max(float(divergence(dense, sparse).kl.mean()), 0.0),
-        "agreement": float((said == instead).mean()),
+        "kl": max(float(kl.mean()), 0.0),
+        "agreement": float(agree.mean()),
         "answers": asdict(counts),
     }

@@ -42,7 +42,7 @@ TEMPLATES = {
     "delimiters": SinkTemplate((0,), (1,), 8),
     "delimiters, first and last token": SinkTemplate((0, 1), (1, 2), 8),
 }
-BATCH, BUDGET, N_PICTURES = 32, 0.0015, 6
+BATCH, N_PICTURES = 32, 6
 LENIENT = Thresholds(
     gamma_sink=0.5, gamma_intra=0.5, gamma_dense=0.5
 )  # the default ones leave all heads of a film DENSE
@@ -213,7 +213,7 @@ def profiles(study: VideoStudy, shipped: Profile) -> list[dict[str, Any]]:
     template = shipped.template
     for form in ("pictures", "film"):
         prompts = study.prompts[form]
-        made[form] = study.backend.calibrate(prompts, dataset=form, template=template, budget=Budget(BUDGET))
+        made[form] = study.backend.calibrate(prompts, dataset=form, template=template, budget=Budget(evaluate.BUDGET))
     rows = []
     for name, profile in made.items():
         sparse_heads = int((profile.categories != Category.DENSE).sum())

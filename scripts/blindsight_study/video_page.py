@@ -35,7 +35,8 @@ def write_page(results: dict[str, Any], path: Path) -> None:
     lines += ["", "## Where image rows look", "", *_looks(results["looks"])]
     lines += ["", "## What every category keeps, all heads alike", "", *_kept(results["categories"]["rows"])]
     lines += ["", "## Heads by thresholds", "", *_thresholds(results["categories"])]
-    lines += ["", "## Profiles by a budget of 0.0015 nats, across forms", "", *_profiles(results["profiles"])]
+    lines += ["", f"## Profiles by a budget of {results['budget']:g} nats, across forms", ""]
+    lines += _profiles(results["profiles"])
     lines += ["", "## Pairs kept of a long video", "", *_long(results["long_video"])]
     write_atomically(path, ("\n".join(lines) + "\n").encode())
 

@@ -20,6 +20,7 @@ from blindsight_cli.launched import launched
 from blindsight_cli.loading import check_family, load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
+from blindsight_cli.report.figures import span
 from shared_profiles import SinkTemplate
 from shared_profiles.budget import Budget, chosen_point
 from shared_profiles.classifier import Thresholds
@@ -167,7 +168,8 @@ def tell_choice(profile: Profile) -> None:
         assert point is not None
         note(
             f"measured on {point.n_prompts} held-out prompts: KL {point.kl:.2g} of the {profile.choice['budget']:g} "
-            f"nats allowed, {point.agreement:.1%} of the next tokens the same, {point.kept:.1%} of the pairs kept"
+            f"nats allowed (worst with {span(point.n_images)} images), {point.agreement:.1%} of the next tokens "
+            f"the same, {point.kept:.1%} of the pairs kept"
         )
     elif not profile.categories.any():
         note("no head passed the thresholds: every prefill will run dense. Lower --gamma-dense, or --alpha-last.")

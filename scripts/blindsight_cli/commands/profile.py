@@ -11,6 +11,7 @@ from rich.text import Text
 
 from blindsight_cli.errors import ExitCode
 from blindsight_cli.output import note, print_json, results
+from blindsight_cli.report.figures import span
 from shared_profiles import SPARSE, Category, profile_parts
 from shared_profiles.budget import chosen_point
 from shared_profiles.profile import Profile, diff
@@ -175,13 +176,14 @@ def print_curve(console: Console, profile: Profile) -> None:
     chosen = chosen_point(profile)
     title = "measured points" if chosen is None else "measured points (> chosen)"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in ("", "kept pairs", "KL (nats)", "accuracy", "same token", "prompts"):
+    for name in ("", "kept pairs", "KL (nats)", "of images", "accuracy", "same token", "prompts"):
         table.add_column(name, justify="right")
     for point in profile.curve:
         accuracy, agreement = ("" if share is None else f"{share:.1%}" for share in (point.accuracy, point.agreement))
         n_prompts = "" if point.n_prompts is None else str(point.n_prompts)
         mark = ">" if point == chosen else ""
-        table.add_row(mark, f"{point.kept:.1%}", f"{point.kl:.2g}", accuracy, agreement, n_prompts)
+        worst_at = span(point.n_images)
+        table.add_row(mark, f"{point.kept:.1%}", f"{point.kl:.2g}", worst_at, accuracy, agreement, n_prompts)
     console.print()
     console.print(table)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from blindsight_cli.report.codec import Record, at_least, within
-from blindsight_cli.report.figures import nats, percent
+from blindsight_cli.report.figures import nats, percent, span
 from blindsight_cli.report.svg import element, number, picture, text
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760.0, 320.0, 64.0, 14.0, 26.0, 46.0
@@ -21,10 +21,11 @@ class CurveRow(Record):
 
     Attributes:
         kept: share of dense attention's query-key pairs that the whole model computes, in [0, 1].
-        kl: mean KL(dense || sparse) of the next token on held-out prompts, in nats.
+        kl: KL(dense || sparse) of the next token, in nats: a mean over the held-out prompts where it is worst.
         agreement: share of these whose likeliest next token is the dense model's.
         accuracy: share of right answers.
-        n_prompts: how many there were.
+        n_prompts: how many held-out prompts there were.
+        n_images: the fewest and the most images of those where the divergence is worst.
         chosen: whether this is the profile.
     """
 
@@ -33,6 +34,7 @@ class CurveRow(Record):
     agreement: float | None
     accuracy: float | None
     n_prompts: int | None
+    n_images: tuple[int, ...] | None
     chosen: bool
 
     def _validate(self) -> None:
@@ -91,11 +93,8 @@ def _line(y: float, class_: str) -> Markup:
 
 
 def _tip(row: CurveRow) -> str:
-    lines = [
-        "chosen" if row.chosen else "measured",
-        f"{percent(row.kept)} of the pairs kept",
-        f"KL {nats(row.kl)} nats",
-    ]
+    lines = ["chosen" if row.chosen else "measured", f"{percent(row.kept)} of the pairs kept"]
+    lines.append(f"KL {nats(row.kl)} nats" + (f", prompts of {span(row.n_images)} images" if row.n_images else ""))
     if row.agreement is not None:
         lines.append(f"{percent(row.agreement)} of the next tokens the same")
     return "\n".join(lines)

@@ -21,8 +21,8 @@ def curve_from_profile(profile: Profile) -> tuple[CurveRow, ...]:
     """Every measured point of a profile, the chosen one marked."""
     chosen = chosen_point(profile)
     return tuple(
-        CurveRow(point.kept, point.kl, point.agreement, point.accuracy, point.n_prompts, chosen=point is chosen)
-        for point in profile.curve
+        CurveRow(p.kept, p.kl, p.agreement, p.accuracy, p.n_prompts, p.n_images, chosen=p is chosen)
+        for p in profile.curve
     )
 
 
@@ -40,7 +40,8 @@ def chosen_by(profile: Profile) -> str:
         ranked = _RANKED.get(str(choice.get("ranking")), "")
         return (
             f"Heads were made sparse, in an order {ranked}, for as long as the next token of "
-            f"{choice['held_out_prompts']} held-out prompts stayed within a budget of {nats(choice['budget'])} nats."
+            f"{choice['held_out_prompts']} held-out prompts, those of few images and those of many, stayed within a "
+            f"budget of {nats(choice['budget'])} nats."
         )
     if choice["method"] == "thresholds":
         values = ", ".join(f"{key} {value}" for key, value in choice.items() if key not in ("method", "sinks"))

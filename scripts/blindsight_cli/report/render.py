@@ -27,7 +27,7 @@ _SEES = {
     "INTRA_IMAGE": "its own image, and text",
     "SINK": "text, the sinks of every image, and a local block of its own image",
 }
-_FILTERS = ("count", "flops", "nats", "parameters", "percent", "points", "ratio", "seconds", "two")
+_FILTERS = ("count", "flops", "nats", "parameters", "percent", "points", "ratio", "seconds", "span", "two")
 
 
 def render(data: ReportData) -> str:

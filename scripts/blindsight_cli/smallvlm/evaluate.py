@@ -23,7 +23,10 @@ from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
 
 # Seeds of puzzles, apart from one another so that nothing is measured on what it was chosen on.
-EVALUATION_SEEDS, CALIBRATION_SEEDS = 1_000_000, 2_000_000
+EVALUATION_SEEDS, CALIBRATION_SEEDS, HELD_OUT_SEEDS = 1_000_000, 2_000_000, 3_000_000
+
+# Nats. The small models are sure of nearly every answer, so a small divergence is already a changed mind.
+BUDGET = 0.004
 
 
 def make_puzzles(n_images: int, count: int, first_seed: int) -> list[Puzzle]:

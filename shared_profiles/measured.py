@@ -1,0 +1,79 @@
+"""What one choice of categories did to the next token of held-out prompts, and on which of them it did worst.
+
+A mean over all prompts would hide what happens to those of many images: the fewer images, the less a sparse head
+misses. So the prompts are grouped by their number of images, and the worst group's mean is what counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+SMALLEST_GROUP = 8
+"""Prompts that make a group: means over fewer say little."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What one choice of categories did to N held-out prompts.
+
+    Attributes:
+        kl: `[N]` float64, KL divergence of the next token from the dense model's, in nats; rounding may take it a
+            little below 0.
+        agree: `[N]` bool, whether the likeliest next token is the dense model's.
+        n_images: `[N]` int64, how many images each prompt has.
+    """
+
+    kl: np.ndarray
+    agree: np.ndarray
+    n_images: np.ndarray
+
+    def worst(self) -> tuple[float, tuple[int, int]]:
+        """The largest mean divergence of a group, in nats, and that group; N must be at least 1."""
+        found = []
+        for least, most in groups(self.n_images):
+            inside = (self.n_images >= least) & (self.n_images <= most)
+            found.append((float(self.kl[inside].mean()), (least, most)))
+        return max(found)
+
+
+type Measure = Callable[[np.ndarray], Measured]
+"""Runs the held-out prompts with categories `[L, H]`."""
+
+
+def groups(n_images: np.ndarray) -> list[tuple[int, int]]:
+    """Prompts with neighbouring numbers of images, by the fewest and the most, from the most images down.
+
+    Prompts with equally many images are always together. A group takes in ever smaller numbers until it has
+    `SMALLEST_GROUP` prompts; what is left in the end and too few joins the last one.
+
+    Args:
+        n_images: `[N]` integers.
+    """
+    found: list[tuple[int, int]] = []
+    most, size = 0, 0
+    numbers, counts = np.unique(n_images, return_counts=True)
+    for number, count in zip(numbers[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        most, size = (number if size == 0 else most), size + count
+        if size >= SMALLEST_GROUP:
+            found.append((number, most))
+            size = 0
+    if size:
+        _, most = found.pop() if found else (0, most)
+        found.append((int(numbers[0]), most))
+    return found
+
+
+def divergence(dense: np.ndarray, sparse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What separates two models' next tokens: `Measured.kl` and `Measured.agree`.
+
+    Args:
+        dense, sparse: `[N, V]` log-probabilities.
+    """
+    p = np.asarray(dense, dtype=np.float64)
+    q = np.asarray(sparse, dtype=np.float64)
+    with np.errstate(invalid="ignore"):  # 0 * (-inf - -inf): an impossible token
+        terms = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q))
+    return terms.sum(axis=-1), p.argmax(axis=-1) == q.argmax(axis=-1)
