@@ -65,7 +65,7 @@ class Machine:
             iter(prompts), lambda x: {"ids": np.array([x])}, fingerprint(), split=split, processes=processes, **options
         )
         if template is None and self.with_sinks:
-            template = collector.template or collector.learn(self.look, 8)
+            template = collector.learn(self.look, 8)
         return collector.collect(self.measure, template or SinkTemplate())
 
     def run_on(self, n, prompts_of, **options):

@@ -13,9 +13,10 @@ from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle, make_puzzle
 from blindsight_study.measure import Asked, Study
 from shared_profiles import SPARSE, Category, SinkTemplate
+from shared_profiles.budget import chosen_point
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.path import Path as HeadPath
-from shared_profiles.path import kept_pairs, pairs_of, path_of
+from shared_profiles.path import kept_pairs, pairs_of
 from shared_profiles.summary import Summary
 
 # Of the pairs that the cheapest choice saves, the shares that are asked of every path.
@@ -153,19 +154,12 @@ def transfer(study: Study, n_questions: int) -> list[dict[str, Any]]:
 
 
 def target(study: Study, n_questions: int) -> list[dict[str, Any]]:
-    """The profile's own choice, and the nearest points of its curve, on many questions about six images."""
+    """The profile's own choice on many questions about six images."""
     asked = study.ask(evaluate.make_puzzles(6, n_questions, evaluate.EVALUATION_SEEDS))
-    measured = sorted((point for point in study.profile.curve if point.heads is not None), key=lambda p: p.kept)
-    path = path_of(study.statistics.summarize(), "gradient")
-    at = kept_pairs(study.profile.categories, path.pairs)
-    nearest = sorted(measured, key=lambda point: abs(point.kept - at))[:3]
-    rows = []
-    for point in sorted(nearest, key=lambda p: p.kept):
-        assert point.categories is not None
-        row = study.measure("6", asked, point.categories)
-        chosen = bool((point.categories == study.profile.categories).all())
-        rows.append(_told({"held_out": asdict(replace(point, heads=None)), "chosen": chosen, **row}))
-    return rows
+    point = chosen_point(study.profile)
+    assert point is not None
+    row = study.measure("6", asked, study.profile.categories)
+    return [_told({"held_out": asdict(replace(point, heads=None)), **row})]
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _criteria(study: dict[str, Any]) -> list[str]:
 def _target(study: dict[str, Any]) -> list[str]:
     rows = [
         (
-            f"{r['held_out']['kl']:.5f}" + (", chosen" if r["chosen"] else ""),
+            f"{r['held_out']['kl']:.5f}",
             *_shares(r),
             f"{r['kl']:.5f}",
             f"{_answers(r).dense_right / _answers(r).n:.2%}",
