@@ -32,11 +32,10 @@ class Measured:
 
     def worst(self) -> tuple[float, tuple[int, int]]:
         """The largest mean divergence of a group, in nats, and that group; N must be at least 1."""
-        found = []
-        for least, most in groups(self.n_images):
-            inside = (self.n_images >= least) & (self.n_images <= most)
-            found.append((float(self.kl[inside].mean()), (least, most)))
-        return max(found)
+        found = groups(self.n_images)
+        means = [self.kl[(self.n_images >= least) & (self.n_images <= most)].mean() for least, most in found]
+        at = int(np.argmax(means))  # a NaN is the worst of all
+        return float(means[at]), found[at]
 
 
 type Measure = Callable[[np.ndarray], Measured]

@@ -63,3 +63,10 @@ def test_many_cheap_prompts_do_not_hide_the_dear_ones():
     measured = Measured(np.where(n_images == 6, 0.02, 0.0), np.ones(100, dtype=bool), n_images)
     assert measured.kl.mean() == pytest.approx(0.002)
     assert measured.worst() == (pytest.approx(0.02), (6, 6))
+
+
+def test_a_divergence_that_is_no_number_is_the_worst():
+    n_images = np.repeat([2, 6], 8)
+    kl = np.where(n_images == 2, np.nan, 1.0)
+    worst, where = Measured(kl, kl > 0, n_images).worst()
+    assert np.isnan(worst) and where == (2, 2)
