@@ -93,8 +93,7 @@ class Backend(Protocol):
     ) -> Profile:
         """The checkpoint's profile, as the framework's `calibrate` makes it, by a budget or by thresholds.
 
-        Without a template it is that of the state, or as the framework can: learned, or the default; `local_block` is
-        then the width of its local blocks.
+        Without a template it is that of the state, or learned; `local_block` is then the width of its local blocks.
         """
         ...
 

@@ -22,7 +22,7 @@ from blindsight_cli.loading import load_processor
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import Puzzle
 from blindsight_cli.timing import describe_cpu, median_pair
-from shared_profiles import Category, Layout, SinkTemplate, category_mask, count_model_pairs
+from shared_profiles import Category, Layout, category_mask, count_model_pairs
 from shared_profiles.budget import Budget
 from shared_profiles.profile import Profile
 
@@ -67,7 +67,7 @@ def run_demo(
     profile = vlm.calibrate(
         [evaluate.to_inputs(processor, [p]) for p in puzzles],
         dataset=f"synthetic puzzles {first}..{first + calibration_prompts - 1}",
-        template=SinkTemplate(),  # what both backends take; torch would learn more sinks first
+        template=None,
         budget=Budget(evaluate.BUDGET),
     )
     counts = ", ".join(f"{n} {category.name}" for category, n in profile.counts().items())
