@@ -66,6 +66,7 @@ def test_a_budget_leaves_a_measured_curve(calibrated: tuple[Path, Result]) -> No
     point = chosen_point(profile)
     assert point is not None and point.kl <= 0.02 and len(profile.curve) > 2
     assert f"measured on {held} held-out prompts" in result.stderr and "of the 0.02 nats allowed" in result.stderr
+    assert "(95% interval: at least " in result.stderr and "so few prompts hide what is rare" in result.stderr
     shown = blindsight("profile", "show", path).stdout
     assert "measured points (> chosen)" in shown and f"{point.kept:.1%}" in shown
     told = json.loads(blindsight("profile", "show", path, "--json").stdout)

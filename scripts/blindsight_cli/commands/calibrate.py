@@ -21,6 +21,7 @@ from blindsight_cli.loading import check_family, load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
 from blindsight_cli.report.figures import span
+from blindsight_cli.report.from_profile import least_agreement
 from shared_profiles import SinkTemplate
 from shared_profiles.budget import Budget, chosen_point
 from shared_profiles.classifier import Thresholds
@@ -32,6 +33,9 @@ from shared_profiles.summary import LEVELS
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it."""
+
+# A profile of which fewer prompts than this surely keep their next token comes with a warning.
+_SURE = 0.95
 
 
 def run_calibrate(
@@ -166,11 +170,16 @@ def tell_choice(profile: Profile) -> None:
             return
         point = chosen_point(profile)
         assert point is not None
+        assert point.agreement is not None
+        assert point.n_prompts is not None
+        low = least_agreement(point.agreement, point.n_prompts)
         note(
             f"measured on {point.n_prompts} held-out prompts: KL {point.kl:.2g} of the {profile.choice['budget']:g} "
-            f"nats allowed (worst with {span(point.n_images)} images), {point.agreement:.1%} of the next tokens "
-            f"the same, {point.kept:.1%} of the pairs kept"
+            f"nats allowed (worst with {span(point.n_images)} images), {point.kept:.1%} of the pairs kept, "
+            f"{point.agreement:.1%} of the next tokens the same (95% interval: at least {low:.1%})"
         )
+        if low < _SURE:
+            note("so few prompts hide what is rare: hold out more, or run `blindsight eval` before you rely on it")
     elif not profile.categories.any():
         note("no head passed the thresholds: every prefill will run dense. Lower --gamma-dense, or --alpha-last.")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from blindsight_cli.evaluation.statistics import wilson
 from blindsight_cli.report.codec import conform
 from blindsight_cli.report.curve import CurveRow
 from blindsight_cli.report.data import CategoryStatistics
-from blindsight_cli.report.figures import nats
+from blindsight_cli.report.figures import nats, percent
 from shared_profiles.budget import chosen_point
 from shared_profiles.profile import Profile
 from shared_profiles.summary import Summary
@@ -38,15 +39,25 @@ def chosen_by(profile: Profile) -> str:
         if not choice["reached"]:
             return f"No head can be sparse within the budget of {nats(choice['budget'])} nats: all are Dense."
         ranked = _RANKED.get(str(choice.get("ranking")), "")
+        point = chosen_point(profile)
+        told = ""
+        if point is not None and point.agreement is not None and point.n_prompts is not None:
+            low = least_agreement(point.agreement, point.n_prompts)
+            told = f" {percent(point.agreement)} of them keep it (95% interval: at least {percent(low)})."
         return (
             f"Heads were made sparse, in an order {ranked}, for as long as the next token of "
             f"{choice['held_out_prompts']} held-out prompts, those of few images and those of many, stayed within a "
-            f"budget of {nats(choice['budget'])} nats."
+            f"budget of {nats(choice['budget'])} nats.{told}"
         )
     if choice["method"] == "thresholds":
         values = ", ".join(f"{key} {value}" for key, value in choice.items() if key not in ("method", "sinks"))
         return f"Categories were chosen by thresholds on retained mass: {values}."
     return "Categories were set by hand."
+
+
+def least_agreement(agreement: float, n_prompts: int) -> float:
+    """The lower end of the 95% interval of the share of prompts whose next token stays the same."""
+    return wilson(round(agreement * n_prompts), n_prompts)[0]
 
 
 def statistics_from_summary(summary: Summary) -> dict[str, CategoryStatistics]:
