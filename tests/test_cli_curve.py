@@ -73,7 +73,7 @@ def test_what_a_profile_says() -> None:
     assert [row.kl for row in rows if row.chosen] == [profile.choice["kl"]]
     assert budget_of(profile) == 2.0
     assert "one backward pass" in chosen_by(profile) and "3 held-out prompts" in chosen_by(profile)
-    assert "100.0% of them keep it (95% interval: at least 43.8%)." in chosen_by(profile)
+    assert "Of them, 100.0% keep their next token (95% interval: at least 43.9%)." in chosen_by(profile)
     assert "No head can be sparse within the budget of 0 nats" in chosen_by(retune(profile, 0.0))
     by_mass = retune_by_thresholds(profile, Thresholds())
     assert budget_of(by_mass) is None and "thresholds on retained mass: gamma_sink 0.95" in chosen_by(by_mass)

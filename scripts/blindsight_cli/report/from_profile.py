@@ -43,7 +43,9 @@ def chosen_by(profile: Profile) -> str:
         told = ""
         if point is not None and point.agreement is not None and point.n_prompts is not None:
             low = least_agreement(point.agreement, point.n_prompts)
-            told = f" {percent(point.agreement)} of them keep it (95% interval: at least {percent(low)})."
+            told = (
+                f" Of them, {percent(point.agreement)} keep their next token (95% interval: at least {percent(low)})."
+            )
         return (
             f"Heads were made sparse, in an order {ranked}, for as long as the next token of "
             f"{choice['held_out_prompts']} held-out prompts, those of few images and those of many, stayed within a "
