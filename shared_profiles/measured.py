@@ -13,6 +13,8 @@ import numpy as np
 
 SMALLEST_GROUP = 8
 """Prompts that make a group: means over fewer say little."""
+MOST_GROUPS = 10
+"""The worst of many groups would be one of bad luck."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +48,7 @@ def groups(n_images: np.ndarray) -> list[tuple[int, int]]:
     """Prompts with neighbouring numbers of images, by the fewest and the most, from the most images down.
 
     Prompts with equally many images are always together. A group takes in ever smaller numbers until it has
-    `SMALLEST_GROUP` prompts; what is left in the end and too few joins the last one.
+    `SMALLEST_GROUP` prompts and one in `MOST_GROUPS` of all; what is left in the end and too few joins the last one.
 
     Args:
         n_images: `[N]` integers.
@@ -56,7 +58,7 @@ def groups(n_images: np.ndarray) -> list[tuple[int, int]]:
     numbers, counts = np.unique(n_images, return_counts=True)
     for number, count in zip(numbers[::-1].tolist(), counts[::-1].tolist(), strict=True):
         most, size = (number if size == 0 else most), size + count
-        if size >= SMALLEST_GROUP:
+        if size >= SMALLEST_GROUP and size * MOST_GROUPS >= len(n_images):
             found.append((number, most))
             size = 0
     if size:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_profiles.measured import SMALLEST_GROUP, Measured, divergence, groups
+from shared_profiles.measured import MOST_GROUPS, SMALLEST_GROUP, Measured, divergence, groups
 
 
 @given(st.integers(1, 5), st.integers(2, 9), st.integers(0, 2**32))
@@ -27,7 +27,7 @@ def test_impossible_tokens_count_nothing():
     assert divergence(dense, np.log([[0.25, 0.25, 0.5]]))[0][0] == pytest.approx(np.log(2))
 
 
-counts_of_images = st.lists(st.integers(2, 12), min_size=1, max_size=60).map(np.array)
+counts_of_images = st.lists(st.integers(2, 40), min_size=1, max_size=200).map(np.array)
 
 
 @given(counts_of_images)
@@ -37,16 +37,19 @@ def test_groups_part_the_prompts_by_their_number_of_images(n_images):
     assert sum(held) == len(n_images), "every prompt is in one of them"
     ends = [end for group in found for end in reversed(group)]
     assert ends == sorted(ends, reverse=True) and set(ends) <= set(n_images.tolist()), "from the most images down"
-    assert min(held) >= min(SMALLEST_GROUP, len(n_images))
+    assert len(found) <= MOST_GROUPS
+    enough = max(SMALLEST_GROUP, len(n_images) / MOST_GROUPS)
+    assert min(held) >= min(enough, len(n_images))
     # No group but the last, which takes what is left, could have done with fewer.
     for (least, _), size in list(zip(found, held, strict=True))[:-1]:
-        assert size - (n_images == least).sum() < SMALLEST_GROUP
+        assert size - (n_images == least).sum() < enough
 
 
 def test_groups_of_a_few():
     assert groups(np.array([6] * 8 + [5] * 3 + [4] * 5 + [2] * 7)) == [(6, 6), (2, 5)]
     assert groups(np.array([2, 3, 4])) == [(2, 4)]
     assert groups(np.array([40] * 3)) == [(40, 40)]
+    assert groups(np.arange(2, 202)) == [(182 - 20 * i, 201 - 20 * i) for i in range(10)]
 
 
 @given(counts_of_images, st.integers(0, 2**32))
