@@ -68,6 +68,7 @@ class PruningStudy:
         about = {
             "model": checkpoint.name,
             "weights": self.profile.fingerprint.digest,
+            "profile": json.loads(self.profile.to_json())["checksum"],
             "heads": f"{(self.profile.categories != Category.DENSE).sum()} of {self.profile.categories.size} sparse",
             "questions": n_questions,
             "images": IMAGES,
