@@ -48,7 +48,7 @@ def collectives(compiled: str) -> dict[str, int]:
 
 
 def recorded(module: Any, name: str, seen: dict[str, dict[str, int]]) -> None:
-    """Makes a jitted function of a module, all of whose options are static, note the collectives of its program."""
+    """Makes a jitted function of a module, whose options are static, note the collectives of its first program."""
     function = getattr(module, name)
     programs: dict[str, Any] = {}
 
@@ -59,7 +59,7 @@ def recorded(module: Any, name: str, seen: dict[str, dict[str, int]]) -> None:
         key = str((jax.tree.map(np.shape, args), static))
         if key not in programs:
             programs[key] = function.lower(*args, **static).compile()
-            seen[name] = collectives(programs[key].as_text())
+            seen.setdefault(name, collectives(programs[key].as_text()))
         return programs[key](*args)
 
     setattr(module, name, call)
@@ -143,7 +143,7 @@ class Run:
         return {
             "difference": float(np.abs(np.subtract(*self.logits)).max()),
             "largest": float(np.abs(self.logits[0]).max()),
-            "collectives": dict(self.collectives),  # as of now
+            "collectives": self.collectives,
             "cache": self.cache.addressable_shards[0].data.shape[:2],
         }
 
