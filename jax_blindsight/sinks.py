@@ -33,15 +33,12 @@ from shared_profiles.sink_statistics import REACH, SinkMass, SinkRows
 _ROWS, _KEYS = 64, 128
 
 
-def measure_sinks(
-    params: Params, inputs: Mapping[str, Any], *, reach: int = REACH, impl: str | None = None
-) -> SinkMass | None:
+def measure_sinks(params: Params, inputs: Mapping[str, Any], *, impl: str | None = None) -> SinkMass | None:
     """Where the image rows of one prompt look; None if it has fewer than two images.
 
     Args:
         params: the model.
         inputs: what the checkpoint's processor returns as NumPy arrays, one prompt.
-        reach: offsets told apart at either end of an image.
         impl: what computes the attention; as in `sparse_prefill`.
 
     Raises:
@@ -53,14 +50,14 @@ def measure_sinks(
     (layout,) = prompt.tokens.layouts(config)
     if layout.n_images < 2:
         return None
-    found, n = SinkRows.of(layout, reach), bucket(layout.n_tokens)
+    found, n = SinkRows.of(layout), bucket(layout.n_tokens)
     stops = np.zeros(n, dtype=np.int32)  # rows that are not measured see nothing
     stops[found.rows] = found.stops
     keys = np.full(power_of_two(len(found.keys), _KEYS), n, dtype=np.int32)  # nobody sees one beyond the last
     keys[: len(found.keys)] = found.keys
     # Neither category knows sinks, so any template will do.
     works = layer_work(params, implementation_for(params, impl), [layout], SinkTemplate(), 0, n, n)
-    observer = Observer(params, works, stops, ())
+    observer = Observer(params, works, (stops > 0).astype(np.float32), ())
     looked: list[tuple[Array, Array]] = []
 
     def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
@@ -72,7 +69,7 @@ def measure_sinks(
 
     run_layers(params, embed_prompt(params, prompt, n), pad_last(prompt.tokens.positions(config)[0], n), attend_layer)
     by_key, kept = (np.stack(x).astype(np.float64) / len(found.rows) for x in zip(*jax.device_get(looked), strict=True))
-    which = np.eye(2 * reach + 2)[found.bins]  # [P, bins]
+    which = np.eye(2 * REACH + 2)[found.bins]  # [P, bins]
     return SinkMass.of(layout, config.text.windows, by_key[..., : len(which)] @ which, kept)
 
 

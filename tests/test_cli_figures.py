@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from blindsight_cli.output import span
 from blindsight_cli.report import figures
 
 
@@ -26,9 +27,9 @@ from blindsight_cli.report import figures
         (figures.nats, 0.0, "0"),
         (figures.flops, 1.254e12, "1.25 TFLOP"),
         (figures.flops, 999.9e9, "1.00 TFLOP"),
-        (figures.span, (5, 6), "5-6"),
-        (figures.span, (6, 6), "6"),
-        (figures.span, None, ""),
+        (span, (5, 6), "5-6"),
+        (span, (6, 6), "6"),
+        (span, None, ""),
         (figures.parameters, 7_620_000_000, "7.62 B"),
     ],
 )

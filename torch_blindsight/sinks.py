@@ -41,6 +41,7 @@ class SinkMeter:
     def __init__(self, layouts: list[Layout], info: ModelInfo, reach: int = REACH) -> None:
         self.layouts, self.reach = layouts, reach
         self._windows: list[int | None] = [None] * info.n_layers
+        self._found = [SinkRows.of(layout, reach) if layout.n_images >= 2 else None for layout in layouts]
         shape = len(layouts), info.n_layers, info.n_heads
         self._told, self._kept = np.zeros((*shape, 2 * reach + 2)), np.zeros(shape)  # as in `SinkMass.of`
 
@@ -60,14 +61,16 @@ class SinkMeter:
             intra: the same of `INTRA_IMAGE`.
         """
         self._windows[layer] = window
-        for b, layout in enumerate(self.layouts):
-            if layout.n_images >= 2:
-                self._add_row(b, layer, q[b], k[b], scale, window, dense[b], intra[b])
+        for b, found in enumerate(self._found):
+            if found is not None:
+                told, kept = self._look(found, q[b], k[b], scale, window, dense[b], intra[b])
+                self._told[b, layer], self._kept[b, layer] = told.cpu().numpy(), kept.cpu().numpy()
 
-    def _add_row(
-        self, b: int, layer: int, q: Tensor, k: Tensor, scale: float, window: int | None, dense: Tensor, intra: Tensor
-    ) -> None:
-        found, n_bins = SinkRows.of(self.layouts[b], self.reach), 2 * self.reach + 1
+    def _look(
+        self, found: SinkRows, q: Tensor, k: Tensor, scale: float, window: int | None, dense: Tensor, intra: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What rows of one prompt and layer give to every bin and text, and to own image and text, means over them."""
+        n_bins = 2 * self.reach + 1
         where, group = torch.from_numpy(found.keys).to(k.device), q.shape[0] // k.shape[0]
         keys = k[:, where].float()  # [K, P, D]
         bins = torch.from_numpy(found.bins).to(k.device)
@@ -87,14 +90,13 @@ class SinkMeter:
             scores = torch.exp(scores - dense[:, at, None]).masked_fill_(hidden, 0.0)
             sums += scores.sum(1).double() @ which[:seen]
             kept += torch.exp(intra[:, at] - dense[:, at]).double().sum(1)
-        self._told[b, layer] = (sums / len(found.rows)).cpu().numpy()
-        self._kept[b, layer] = (kept / len(found.rows)).cpu().numpy()
+        return sums / len(found.rows), kept / len(found.rows)
 
     def records(self) -> list[SinkMass | None]:
         """One record per batch row, None for rows with fewer than two images."""
         return [
-            SinkMass.of(layout, self._windows, told, kept) if layout.n_images >= 2 else None
-            for layout, told, kept in zip(self.layouts, self._told, self._kept, strict=True)
+            None if found is None else SinkMass.of(layout, self._windows, told, kept)
+            for found, layout, told, kept in zip(self._found, self.layouts, self._told, self._kept, strict=True)
         ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +21,11 @@ def results() -> Console:
 def note(text: str, *, style: str | None = None) -> None:
     """Says something on the way, on standard error; lines are not broken, brackets mean nothing."""
     Console(stderr=True, highlight=False).print(text, style=style, markup=False, soft_wrap=True)
+
+
+def span(ends: Sequence[int] | None) -> str:
+    """A range of whole numbers: `6`, `5-6`; nothing where it is not known."""
+    return "-".join(f"{end:,}" for end in sorted(set(ends or ())))
 
 
 def print_json(document: Any) -> None:

@@ -15,13 +15,12 @@ from pathlib import Path
 from blindsight_cli.backends import BackendName, load_backend
 from blindsight_cli.commands.profile import category_table
 from blindsight_cli.errors import ExitCode
+from blindsight_cli.evaluation.statistics import least_agreement
 from blindsight_cli.folders import require_writable
 from blindsight_cli.launched import launched
 from blindsight_cli.loading import check_family, load_processor
-from blindsight_cli.output import note, print_json, results
+from blindsight_cli.output import note, print_json, results, span
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
-from blindsight_cli.report.figures import span
-from blindsight_cli.report.from_profile import least_agreement
 from shared_profiles import SinkTemplate
 from shared_profiles.budget import Budget, chosen_point
 from shared_profiles.classifier import Thresholds

@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blindsight_cli.errors import ExitCode
-from blindsight_cli.output import note, print_json, results
-from blindsight_cli.report.figures import span
+from blindsight_cli.output import note, print_json, results, span
 from shared_profiles import SPARSE, Category, profile_parts
 from shared_profiles.budget import chosen_point
 from shared_profiles.profile import Profile, diff

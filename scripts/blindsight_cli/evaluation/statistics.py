@@ -114,3 +114,8 @@ def wilson(right: int, n: int, z: float = Z_95) -> tuple[float, float]:
     half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     # At the ends the formula gives 0 and 1 but for rounding.
     return (0.0 if right == 0 else middle - half), (1.0 if right == n else middle + half)
+
+
+def least_agreement(agreement: float, n_prompts: int) -> float:
+    """The lower end of the 95% interval of the share of prompts whose next token stays the same."""
+    return wilson(round(agreement * n_prompts), n_prompts)[0]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from blindsight_cli.output import span
 from blindsight_cli.report.codec import Record, at_least, within
-from blindsight_cli.report.figures import nats, percent, span
+from blindsight_cli.report.figures import nats, percent
 from blindsight_cli.report.svg import element, number, picture, text
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760.0, 320.0, 64.0, 14.0, 26.0, 46.0

@@ -1,13 +1,12 @@
 """How the report writes numbers: always with a unit, never with more digits than are known.
 
 count(36412) == "36,412"      percent(0.923) == "92.3%"    seconds(0.0123) == "12.3 ms"
-flops(1.25e12) == "1.25 TFLOP"   nats(0.0027) == "0.0027"    points(0.005) == "+0.5"     span((5, 6)) == "5-6"
+flops(1.25e12) == "1.25 TFLOP"   nats(0.0027) == "0.0027"    points(0.005) == "+0.5"
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 _MINUS = "\N{MINUS SIGN}"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -24,11 +23,6 @@ def percent(share: float) -> str:
     if value == 0 or value >= 0.995:
         return f"{value:.1f}%"
     return f"{_significant(value, 2)}%"
-
-
-def span(ends: Sequence[int] | None) -> str:
-    """A range of whole numbers: `6`, `5-6`; nothing where it is not known."""
-    return "-".join(f"{end:,}" for end in sorted(set(ends or ())))
 
 
 def points(difference: float) -> str:

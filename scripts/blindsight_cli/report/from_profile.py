@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blindsight_cli.evaluation.statistics import wilson
+from blindsight_cli.evaluation.statistics import least_agreement
 from blindsight_cli.report.codec import conform
 from blindsight_cli.report.curve import CurveRow
 from blindsight_cli.report.data import CategoryStatistics
@@ -55,11 +55,6 @@ def chosen_by(profile: Profile) -> str:
         values = ", ".join(f"{key} {value}" for key, value in choice.items() if key not in ("method", "sinks"))
         return f"Categories were chosen by thresholds on retained mass: {values}."
     return "Categories were set by hand."
-
-
-def least_agreement(agreement: float, n_prompts: int) -> float:
-    """The lower end of the 95% interval of the share of prompts whose next token stays the same."""
-    return wilson(round(agreement * n_prompts), n_prompts)[0]
 
 
 def statistics_from_summary(summary: Summary) -> dict[str, CategoryStatistics]:

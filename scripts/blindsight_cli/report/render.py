@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from blindsight_cli.output import span
 from blindsight_cli.report import charts, curve, figures, heads
 from blindsight_cli.report.data import AccuracyRow, KindAccuracy, ReportData, TimingRow
 from shared_profiles._atomic import write_atomically
@@ -27,7 +28,7 @@ _SEES = {
     "INTRA_IMAGE": "its own image, and text",
     "SINK": "text, the sinks of every image, and a local block of its own image",
 }
-_FILTERS = ("count", "flops", "nats", "parameters", "percent", "points", "ratio", "seconds", "span", "two")
+_FILTERS = ("count", "flops", "nats", "parameters", "percent", "points", "ratio", "seconds", "two")
 
 
 def render(data: ReportData) -> str:
@@ -35,7 +36,7 @@ def render(data: ReportData) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {name: getattr(figures, name) for name in _FILTERS}
+    environment.filters |= {name: getattr(figures, name) for name in _FILTERS} | {"span": span}
     script = asset("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.from_string(asset("template.html")).render(
