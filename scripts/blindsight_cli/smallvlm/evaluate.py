@@ -20,6 +20,7 @@ from blindsight_cli.report import AccuracyRow, KindAccuracy
 from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle, make_puzzle
 from shared_profiles import Category, Layout, PairCounts, count_model_pairs
 from shared_profiles.lookup import FILE_NAME
+from shared_profiles.measured import divergence
 from shared_profiles.profile import Profile
 
 # Seeds of puzzles, apart from one another so that nothing is measured on what it was chosen on.
@@ -119,15 +120,15 @@ def compare(
     expected = [puzzle.question.answer for puzzle in puzzles]
     right = np.array([[a == e for a, e in zip(run.answers, expected, strict=True)] for run in (dense, sparse)])
     kinds = np.array([puzzle.question.kind for puzzle in puzzles])
-    kl = (np.exp(dense.log_probs) * (dense.log_probs - sparse.log_probs)).sum(-1).mean()
+    kl, agree = divergence(dense.log_probs, sparse.log_probs)
     layouts = [layout for batch in batches for layout in model.facts.layouts(batch)]
     row = AccuracyRow(
         n_images=counts.pop(),
         n_questions=len(puzzles),
         dense=float(right[0].mean()),
         sparse=float(right[1].mean()),
-        agreement=float(np.mean([a == b for a, b in zip(dense.answers, sparse.answers, strict=True)])),
-        kl=max(0.0, float(kl)),
+        agreement=float(agree.mean()),
+        kl=max(0.0, float(kl.mean())),
         kept_flops=kept_share(layouts, profile, model.facts.windows),
         by_kind=tuple(
             KindAccuracy(kind, int((kinds == kind).sum()), *(float(r[kinds == kind].mean()) for r in right))
