@@ -13,20 +13,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from jax_blindsight.buckets import bucket
 from jax_blindsight.gradient import measure_with_gradient
 from jax_blindsight.held_out import HeldOut
-from jax_blindsight.inputs import read_inputs
-from jax_blindsight.observe import Observer, observe
+from jax_blindsight.observe import observe, observer_of
 from jax_blindsight.params import Params
-from jax_blindsight.prefill import embed_prompt, implementation_for, layer_work, pad_last
 from jax_blindsight.sinks import measure_sinks
 from shared_profiles import SinkTemplate, count_layer_pairs
 from shared_profiles.budget import Budget, budget_of, rankings_for, tune
 from shared_profiles.classifier import Thresholds
 from shared_profiles.collection import Collector, check_local_block
 from shared_profiles.fisher import prompt_seed
-from shared_profiles.layout import concatenated_ranges
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, make_profile, make_provenance, prompt_digest
 from shared_profiles.split import HELD_OUT, Given, Split
@@ -143,31 +139,20 @@ def measure(
     Raises:
         ValueError: the prompt is malformed.
     """
-    config = params.config
-    prompt = read_inputs(config, inputs)
-    (layout,) = prompt.tokens.layouts(config)
-    if layout.n_images < 2:
+    observer = observer_of(params, inputs, template, impl, rankings)
+    if observer is None:
         return None
-    # Image rows that have an earlier image: all that a category can change.
-    rows = concatenated_ranges(layout.images[1:, 1], layout.images[1:, 2])
-    n = bucket(layout.n_tokens)
-    counted = np.zeros(n, dtype=np.float32)
-    counted[rows] = 1
-    works = layer_work(params, implementation_for(params, impl), [layout], template, 0, n, n)
-    observer = Observer(params, works, counted, rankings)
-    embeddings = embed_prompt(params, prompt, n)
-    positions = pad_last(prompt.tokens.positions(config)[0], n)
     if "gradient" in rankings:
-        measure_with_gradient(observer, embeddings, positions, layout, prompt_seed(inputs["input_ids"]))
+        measure_with_gradient(observer, prompt_seed(inputs["input_ids"]))
     else:
-        observe(observer, embeddings, positions)
-    found = observer.tables()
+        observe(observer)
+    found, layout = observer.tables(), observer.layout
     return PromptStatistics(
         n_tokens=layout.stop - layout.start,
         n_images=layout.n_images,
-        n_rows=len(rows),
+        n_rows=len(observer.rows),
         mass=found.pop("mass"),
         error=found.pop("error"),
-        pairs=count_layer_pairs(layout, template, config.text.windows),
+        pairs=count_layer_pairs(layout, template, params.config.text.windows),
         harm=found,
     )

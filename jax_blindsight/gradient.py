@@ -29,7 +29,7 @@ from jax_blindsight.layers import Rotation, precision
 from jax_blindsight.model import Weights, begin_layer, end_layer, final_norm, unembed
 from jax_blindsight.observe import Observer
 from jax_blindsight.sharding import MODEL, on_devices, sharded_rows
-from jax_blindsight.stack import begin, rotations_of, run_layers
+from jax_blindsight.stack import begin, rotations_of
 from shared_profiles import Category, Layout
 from shared_profiles.fisher import fisher_vector
 from shared_profiles.layout import concatenated_ranges
@@ -38,29 +38,26 @@ from shared_profiles.layout import concatenated_ranges
 _ROWS, _KEYS = 256, 512
 
 
-def measure_with_gradient(observer: Observer, hidden: Array, positions: np.ndarray, layout: Layout, seed: int) -> None:
+def measure_with_gradient(observer: Observer, seed: int) -> None:
     """Runs one prompt forward and back, and measures every layer with its gradient.
 
     Args:
         observer: measures.
-        hidden: `[1, T, E]` embeddings; consumed.
-        positions: see `run_layers`.
-        layout: the prompt.
         seed: of the prompt, see `shared_profiles.fisher`.
     """
-    params = observer.params
+    params, layout = observer.params, observer.layout
     config, mesh, weights = params.config, params.mesh, params.weights
-    visible = {window: visible_keys(layout, hidden.shape[1], window) for window in set(config.text.windows)}
+    visible = {window: visible_keys(layout, observer.bucket, window) for window in set(config.text.windows)}
     inputs: list[Array] = []
 
     def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
         return observer.attend(layer, q, k, v, Category.DENSE)[0]
 
-    last = run_layers(params, hidden, positions, attend_layer, lambda _, read: inputs.append(read.copy()))
+    last = observer.run(attend_layer, lambda _, read: inputs.append(read.copy()))
     row = np.int32(layout.stop - 1)
     vector = fisher_vector(np.asarray(_logits(weights, last, row, config=config)), seed)
     gradient = _by_last(weights, last, row, vector, config=config)
-    rotations = rotations_of(params, positions)
+    rotations = rotations_of(params, observer.positions)
     for layer in reversed(range(config.text.n_layers)):
         read, by = inputs.pop(), rotations[config.text.ropes[layer]]
         its_weights = weights["decoder"]["layers"][layer]

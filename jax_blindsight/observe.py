@@ -12,8 +12,8 @@ are a prefill's and a few small ones, compiled once per bucket. Nothing of size 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,35 +21,58 @@ import numpy as np
 from jax import Array
 
 from jax_blindsight.attention import attend
+from jax_blindsight.buckets import bucket
+from jax_blindsight.decoder import Attend
+from jax_blindsight.inputs import Prompt, read_inputs
 from jax_blindsight.params import Params
+from jax_blindsight.prefill import embed_prompt, implementation_for, layer_work, pad_last
 from jax_blindsight.residual import Stream, moved, stream_of
 from jax_blindsight.stack import run_layers
-from jax_blindsight.work import AttentionWork
-from shared_profiles import SPARSE, Category
-
-if TYPE_CHECKING:
-    from blindsight_kernels.pallas_work import PallasWork
+from shared_profiles import SPARSE, Category, Layout, SinkTemplate
+from shared_profiles.layout import concatenated_ranges
 
 
 class Observer:
-    """Collects the statistics of one prompt, layer by layer.
+    """Collects the statistics of one prompt, layer by layer. Make one with `observer_of`.
 
     Args:
         params: the model.
-        works: the attention's work of each of its windows.
-        counted: `[T]` float32, 1 for the rows that are measured.
+        prompt: of one row.
+        layout: of that row, at least two images.
+        template: sinks and local blocks.
+        impl: what computes the attention; as in `sparse_prefill`.
         rankings: which harm is measured beside mass and error: `"gradient"` needs `by_out`.
+
+    Attributes:
+        params, layout: as given.
+        rows: `[R]` int64 positions of the image rows that have an earlier image: all that a category can change, and
+            all that is measured.
+        bucket: T, the bucket that the prompt is padded to.
+        positions: `[3, 1, T]` or `[1, T]` int32, as `run_layers` takes them.
     """
 
     def __init__(
         self,
         params: Params,
-        works: Mapping[int | None, AttentionWork | PallasWork],
-        counted: np.ndarray,
+        prompt: Prompt,
+        layout: Layout,
+        template: SinkTemplate,
+        impl: str | None,
         rankings: Collection[str],
     ) -> None:
-        self.params, self._works, self._counted, self._rankings = params, works, counted, sorted(rankings)
+        self.params, self.layout, self._prompt, self._rankings = params, layout, prompt, sorted(rankings)
+        self.bucket = n = bucket(layout.n_tokens)
+        self.rows = concatenated_ranges(layout.images[1:, 1], layout.images[1:, 2])
+        self.positions = pad_last(prompt.tokens.positions(params.config)[0], n)
+        self._works = layer_work(params, implementation_for(params, impl), [layout], template, 0, n, n)
+        self._counted = np.zeros(n, dtype=np.float32)
+        self._counted[self.rows] = 1
         self._found: dict[int, list[dict[str, Array]]] = {}  # by layer, then of each sparse category [H] each
+
+    def run(self, attend: Attend, read: Callable[[int, Array], None] | None = None) -> Array:
+        """Runs the prompt through all layers; arguments and result as `run_layers`."""
+        embeddings = embed_prompt(self.params, self._prompt, self.bucket)
+        return run_layers(self.params, embeddings, self.positions, attend, read)
 
     def attend(self, layer: int, q: Array, k: Array, v: Array, category: Category) -> tuple[Array, Array]:
         """Attention of one layer with all heads of one category: `[1, T, H, D]` and log-sum-exps `[1, H, T]`."""
@@ -103,14 +126,26 @@ class Observer:
         }
 
 
-def observe(observer: Observer, hidden: Array, positions: np.ndarray) -> None:
-    """Runs one prompt forward, and measures every layer on the way; the ranking `"gradient"` needs more.
+def observer_of(
+    params: Params,
+    inputs: Mapping[str, Any],
+    template: SinkTemplate,
+    impl: str | None = None,
+    rankings: Collection[str] = (),
+) -> Observer | None:
+    """The `Observer` of what a checkpoint's processor returns for one prompt; None if it has fewer than two images.
 
-    Args:
-        observer: measures.
-        hidden: `[1, T, E]` embeddings; consumed.
-        positions: see `run_layers`.
+    Raises:
+        ValueError: the prompt is malformed.
+        NotImplementedError, ImportError: see `sparse_prefill`.
     """
+    prompt = read_inputs(params.config, inputs)
+    (layout,) = prompt.tokens.layouts(params.config)
+    return None if layout.n_images < 2 else Observer(params, prompt, layout, template, impl, rankings)
+
+
+def observe(observer: Observer) -> None:
+    """Runs one prompt forward, and measures every layer on the way; the ranking `"gradient"` needs more."""
     inputs: list[Array] = []
 
     def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
@@ -118,7 +153,7 @@ def observe(observer: Observer, hidden: Array, positions: np.ndarray) -> None:
         observer.measure(layer, q, k, v, dense, inputs.pop())
         return dense[0]
 
-    run_layers(observer.params, hidden, positions, attend_layer, lambda _, read: inputs.append(read))
+    observer.run(attend_layer, lambda _, read: inputs.append(read))
 
 
 @jax.jit

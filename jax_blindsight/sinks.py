@@ -18,14 +18,11 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jax_blindsight.buckets import bucket, power_of_two
-from jax_blindsight.inputs import read_inputs
+from jax_blindsight.buckets import power_of_two
 from jax_blindsight.layers import precision
-from jax_blindsight.observe import Observer
+from jax_blindsight.observe import observer_of
 from jax_blindsight.params import Params
-from jax_blindsight.prefill import embed_prompt, implementation_for, layer_work, pad_last
 from jax_blindsight.sharding import MODEL, on_devices
-from jax_blindsight.stack import run_layers
 from shared_profiles import Category, SinkTemplate
 from shared_profiles.sink_statistics import REACH, SinkMass, SinkRows
 
@@ -45,19 +42,15 @@ def measure_sinks(params: Params, inputs: Mapping[str, Any], *, impl: str | None
         ValueError: the prompt is malformed.
         NotImplementedError, ImportError: see `sparse_prefill`.
     """
-    config = params.config
-    prompt = read_inputs(config, inputs)
-    (layout,) = prompt.tokens.layouts(config)
-    if layout.n_images < 2:
+    # Neither category that is attended knows sinks, so any template will do.
+    observer = observer_of(params, inputs, SinkTemplate(), impl)
+    if observer is None:
         return None
-    found, n = SinkRows.of(layout), bucket(layout.n_tokens)
+    config, n, found = params.config, observer.bucket, SinkRows.of(observer.layout)
     stops = np.zeros(n, dtype=np.int32)  # rows that are not measured see nothing
     stops[found.rows] = found.stops
     keys = np.full(power_of_two(len(found.keys), _KEYS), n, dtype=np.int32)  # nobody sees one beyond the last
     keys[: len(found.keys)] = found.keys
-    # Neither category knows sinks, so any template will do.
-    works = layer_work(params, implementation_for(params, impl), [layout], SinkTemplate(), 0, n, n)
-    observer = Observer(params, works, (stops > 0).astype(np.float32), ())
     looked: list[tuple[Array, Array]] = []
 
     def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
@@ -67,10 +60,10 @@ def measure_sinks(params: Params, inputs: Mapping[str, Any], *, impl: str | None
         looked.append(_look(q, k, dense, intra, keys, stops, **static))
         return out
 
-    run_layers(params, embed_prompt(params, prompt, n), pad_last(prompt.tokens.positions(config)[0], n), attend_layer)
+    observer.run(attend_layer)
     by_key, kept = (np.stack(x).astype(np.float64) / len(found.rows) for x in zip(*jax.device_get(looked), strict=True))
     which = np.eye(2 * REACH + 2)[found.bins]  # [P, bins]
-    return SinkMass.of(layout, config.text.windows, by_key[..., : len(which)] @ which, kept)
+    return SinkMass.of(observer.layout, config.text.windows, by_key[..., : len(which)] @ which, kept)
 
 
 @partial(jax.jit, static_argnames=("scale", "window", "mesh"))
