@@ -18,6 +18,7 @@ from jax_blindsight.config import ModelConfig
 from jax_blindsight.model import Weights, abstract_weights
 from jax_blindsight.names import NAMES, Source
 from jax_blindsight.tensor_files import DTYPES, TensorFiles, listed
+from shared_profiles.fingerprints import sampled_rows
 
 _EMBEDDING = "decoder.embed_tokens.embedding"
 
@@ -34,7 +35,7 @@ class Conversion:
         config: the model.
 
     Attributes:
-        unused: tensors of the checkpoint that the model never reads, or has by another name.
+        unused: tensors of the checkpoint that the model never reads.
 
     Raises:
         WeightsError: tensors are missing, unknown, misshapen, of a dtype that holds no plain weights, there twice, or
@@ -89,7 +90,7 @@ class Conversion:
             "the same tensor": ", ".join(double),
             "other than the embedding, although tie_word_embeddings is set": ", ".join(differing),
         }
-        return on_disk, unused + tied, [f"{what}: {which}" for what, which in groups.items() if which]
+        return on_disk, unused, [f"{what}: {which}" for what, which in groups.items() if which]
 
     @property
     def dtype(self) -> np.dtype:
@@ -130,13 +131,12 @@ class Conversion:
         tensor = self._files.read(self._on_disk[source.name]).astype(dtype, copy=False)
         return tensor.reshape(len(tensor), -1).T if source.transposed else tensor
 
-    def projections(self) -> Iterator[np.ndarray]:
-        """The query and key projections of every layer in turn, as `make_fingerprint` takes them."""
-        for layer in range(self._config.text.n_layers):
-            for projection in ("q_proj", "k_proj"):
-                source = self._sources[f"decoder.layers.{layer}.attention.{projection}.kernel"]
-                weight = self._files.read(self._on_disk[source.name])
-                yield weight.astype(ml_dtypes.bfloat16, copy=False).view(np.uint8)
+    def samples(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """What `make_fingerprint` wants of every weight, read or not: transformers has them all."""
+        for name in (*self._on_disk.values(), *self.unused):
+            shape = self._files.tensors[name].shape
+            rows = self._files.read_rows(name, sampled_rows(shape))
+            yield shape, rows.astype(ml_dtypes.bfloat16, copy=False).view(np.uint8)
 
 
 def path_name(path: Iterable[Any]) -> str:

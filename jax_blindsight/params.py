@@ -133,7 +133,7 @@ def load(
     else:
         source = Conversion(TensorFiles(folder), config)
         text = hf_config.get_text_config().to_dict()
-        fingerprint = make_fingerprint(config.family, text, source.projections())
+        fingerprint = make_fingerprint(config.family, text, source.samples())
     if profile is None:
         found = find_profile(fingerprint, str(folder)) if search else None
         profile = None if found is None else found[0]

@@ -87,6 +87,18 @@ class TensorFiles:
         with _opened(file) as tensors:
             return tensors.get_tensor(name)
 
+    def read_rows(self, name: str, rows: list[int] | slice) -> np.ndarray:
+        """Some rows of a tensor, and no more of the file than that.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
+        with _opened(self.tensors[name].file) as tensors:
+            data = tensors.get_slice(name)
+            if isinstance(rows, slice):
+                return data[rows]
+            return np.concatenate([data[row : row + 1] for row in rows])
+
     def equal(self, a: str, b: str) -> bool:
         """Whether two tensors are the same to the bit; read a few rows at a time.
 

@@ -1,4 +1,8 @@
-"""The fingerprint of a model: its attention configuration and a hash of its query and key projection weights."""
+"""The fingerprint of a model: its attention configuration and a hash of a sample of every weight.
+
+A sample will do: whatever trains a matrix moves all of its rows. Any weight counts, the vision tower's too, since all
+of them decide where heads look and what comes of it.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +25,36 @@ _TEXT_KEYS = (
     "rope_parameters",
     "layer_types",
     "sliding_window",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
 )
+_ROWS = 8
 
 
-def make_fingerprint(family: str, text: Mapping[str, Any], weights: Iterable[np.ndarray]) -> Fingerprint:
+def sampled_rows(shape: tuple[int, ...]) -> list[int] | slice:
+    """The rows along the first axis that stand for a weight, evenly spread; of a vector, all."""
+    if len(shape) < 2:
+        return slice(None)
+    n = min(shape[0], _ROWS)
+    return [i * shape[0] // n for i in range(n)]
+
+
+def make_fingerprint(
+    family: str, text: Mapping[str, Any], samples: Iterable[tuple[tuple[int, ...], np.ndarray]]
+) -> Fingerprint:
     """Identifies a model; the same for every framework, and for the checkpoint in float32 and in bfloat16.
 
     Args:
         family: its `model_type`.
         text: the language model's configuration, `config.get_text_config().to_dict()` of transformers.
-        weights: query, then key projection of every layer in order, `[out, in]` bfloat16 viewed as bytes (uint8).
+        samples: of every weight, in any order, its shape as transformers has it, `[out, in]` for a projection, and its
+            `sampled_rows`, bfloat16 viewed as bytes (uint8). Tied weights count once.
     """
     settings = {key: text.get(key) for key in _TEXT_KEYS}
     digest = hashlib.sha256(json.dumps([family, settings], sort_keys=True, default=str).encode())
-    for weight in weights:
-        digest.update(np.ascontiguousarray(weight))
+    # Sorted: frameworks and versions of transformers name the weights differently.
+    for weight in sorted(hashlib.sha256(f"{shape}".encode() + rows.tobytes()).digest() for shape, rows in samples):
+        digest.update(weight)
     return Fingerprint(
         family=family,
         n_layers=text["num_hidden_layers"],

@@ -36,7 +36,7 @@ class Fingerprint:
         n_heads: H, query heads of a layer.
         n_kv_heads: K, key-value heads of a layer; divides H.
         head_dim: D.
-        digest: `sha256:` and 64 hexadecimal digits, over the configuration and the query and key projection weights.
+        digest: `sha256:` and 64 hexadecimal digits, over the configuration and a sample of every weight.
 
     Raises:
         ValueError: a field is out of its range.

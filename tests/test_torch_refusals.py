@@ -136,10 +136,21 @@ def test_the_fingerprint_knows_the_model_and_not_its_precision(model, family):
     assert fingerprint(make_model(family)) == mine
     assert fingerprint(make_model(family).double()) == mine
     assert fingerprint(make_model(family).bfloat16()) == mine
-    with torch.no_grad():
-        model.get_submodule("model.language_model.layers.3.self_attn.k_proj").weight[0, 0] += 0.5
-    assert fingerprint(model) == replace(mine, digest=fingerprint(model).digest)
-    assert fingerprint(model).digest != mine.digest
     other = make_model(family)
     other.config.text_config.sliding_window = np.random.default_rng(0).integers(1000, 2000).item()
+    assert fingerprint(other) == replace(mine, digest=fingerprint(other).digest)
     assert fingerprint(other).digest != mine.digest
+    other = make_model(family)
+    other.config.text_config.query_pre_attn_scalar = 7
+    assert fingerprint(other).digest != mine.digest
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"])
+def test_the_fingerprint_knows_adapters(model, family):
+    """As PEFT injects them: a wrapper that has the layer as `base_layer`."""
+    mine = fingerprint(model)
+    attention = model.get_submodule("model.language_model.layers.3.self_attn")
+    adapted = nn.Module()
+    adapted.base_layer, adapted.lora_A = attention.q_proj, nn.Linear(64, 4, bias=False)
+    attention.q_proj = adapted
+    assert fingerprint(model).digest != mine.digest

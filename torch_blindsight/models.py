@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shared_profiles import FAMILIES, Family, SpecialTokens, family_of
-from shared_profiles.fingerprints import make_fingerprint
+from shared_profiles.fingerprints import make_fingerprint, sampled_rows
 from shared_profiles.profile import Fingerprint
 
 PACKAGES = ("torch", "transformers")  # whose versions a profile's provenance names
@@ -98,7 +98,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, info: ModelInfo | None = None) -> Fingerprint:
-    """Identifies a model by its attention configuration and its query/key projection weights.
+    """Identifies a model by its attention configuration and a sample of every weight; adapters count, too.
 
     Weights are hashed as bfloat16, so the same checkpoint loaded in float32 or bfloat16 has the same fingerprint.
 
@@ -111,15 +111,14 @@ def fingerprint(model: nn.Module, info: ModelInfo | None = None) -> Fingerprint:
     """
     info = info or inspect_model(model)
     config: Any = model.config
-    return make_fingerprint(info.family.name, config.get_text_config().to_dict(), _projections(info))
+    return make_fingerprint(info.family.name, config.get_text_config().to_dict(), _samples(model))
 
 
-def _projections(info: ModelInfo) -> Iterator[np.ndarray]:
-    """The query and key projection weights of every layer, as bytes of bfloat16."""
-    for attention in info.attentions:
-        for projection in (attention.q_proj, attention.k_proj):
-            # PEFT and quantizers keep the layer they wrap in `base_layer`.
-            weight = getattr(projection, "base_layer", projection).weight
-            if weight.device.type == "meta":
-                raise ValueError("the model's weights must be loaded. Got weights on the meta device.")
-            yield weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy()
+def _samples(model: nn.Module) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """What `make_fingerprint` wants of every weight."""
+    for weight in model.parameters():
+        if weight.device.type == "meta":
+            raise ValueError("the model's weights must be loaded. Got weights on the meta device.")
+        shape = tuple(weight.shape)
+        rows = weight.detach()[sampled_rows(shape)].to("cpu", torch.bfloat16)
+        yield shape, rows.contiguous().view(torch.uint8).numpy()
