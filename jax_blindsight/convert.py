@@ -133,7 +133,8 @@ class Conversion:
 
     def samples(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         """What `make_fingerprint` wants of every weight, read or not: transformers has them all."""
-        for name in (*self._on_disk.values(), *self.unused):
+        on_disk = {name: disk for name, disk in self._on_disk.items() if name != NAMES[self._config.family].head}
+        for name in (*on_disk.values(), *self.unused):
             shape = self._files.tensors[name].shape
             rows = self._files.read_rows(name, sampled_rows(shape))
             yield shape, rows.astype(ml_dtypes.bfloat16, copy=False).view(np.uint8)

@@ -47,8 +47,8 @@ def make_fingerprint(
     Args:
         family: its `model_type`.
         text: the language model's configuration, `config.get_text_config().to_dict()` of transformers.
-        samples: of every weight, in any order, its shape as transformers has it, `[out, in]` for a projection, and its
-            `sampled_rows`, bfloat16 viewed as bytes (uint8). Tied weights count once.
+        samples: of every weight but the output head's, in any order: its shape as transformers has it, `[out, in]` for
+            a projection, and its `sampled_rows`, bfloat16 viewed as bytes (uint8). Tied weights count once.
     """
     settings = {key: text.get(key) for key in _TEXT_KEYS}
     digest = hashlib.sha256(json.dumps([family, settings], sort_keys=True, default=str).encode())

@@ -172,7 +172,7 @@ def test_the_fingerprint_is_that_of_torch(tmp_path, family, dtype):
         for name, weight in model.named_parameters():
             before = weight.clone()
             weight += 1
-            assert fingerprint(model) != found, name
+            assert (fingerprint(model) == found) == (name == "lm_head.weight"), name
             weight.copy_(before)
     assert fingerprint(model) == found
 
