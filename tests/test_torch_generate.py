@@ -304,7 +304,7 @@ def test_delimiters_that_somebody_wrote_are_text(model, family, profile):
 
 @family_names
 def test_caches_that_were_changed_between_forwards(model, family, profile):
-    """Cropped: still known. Repeated or copied: not known any more, so dense, and counted."""
+    """Cropped: still known. Repeated, reordered or copied: not known any more, so dense, and counted."""
     inputs = one_prompt(family, 2)
     positions = positions_of(model, inputs)
     more = one_prompt(family, 1, seed=9)["input_ids"][:, 1:]
@@ -331,7 +331,8 @@ def test_caches_that_were_changed_between_forwards(model, family, profile):
             torch.testing.assert_close(next_turn(cache), logits, **EXACT)
         assert handle.report()["forwards"] == {"sparse": 5}
 
-    for change, rows in ((lambda c: c.batch_repeat_interleave(2), 2), (copy.deepcopy, 1)):
+    reordered = lambda c: c.reorder_cache(torch.tensor([0]))  # noqa: E731
+    for change, rows in ((lambda c: c.batch_repeat_interleave(2), 2), (reordered, 1), (copy.deepcopy, 1)):
         results = []
         with patch(model, profile) as handle:
             cache = first_turn()

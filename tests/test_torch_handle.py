@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shared_profiles import Category, SinkTemplate
+from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Profile
 from tiny_models import (
     FAMILIES,
@@ -24,7 +27,7 @@ from tiny_models import (
     mixed_profile,
     patch,
 )
-from torch_blindsight import fingerprint
+from torch_blindsight import calibrate, fingerprint
 from torch_blindsight.attention import NAME, current_prefill
 from torch_blindsight.models import inspect_model
 
@@ -168,6 +171,58 @@ def test_two_models_in_two_threads(case):
         handles[t].unpatch()
 
 
+def run_at_once(handle, forwards):
+    """Runs two forwards of one model in two threads that meet inside its second layer."""
+    barrier = threading.Barrier(2)
+
+    def meet(*_):
+        barrier.wait(timeout=60)
+
+    def serve(forward):
+        with torch.no_grad():
+            forward()
+
+    hook = handle.info.attentions[1].register_forward_hook(meet)
+    threads = [threading.Thread(target=serve, args=(forward,)) for forward in forwards]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    hook.remove()
+
+
+# The forward of a Gemma 3 has no state of its own.
+@pytest.mark.parametrize("case", ["gemma3"], indirect=True)
+def test_one_model_in_two_threads(case):
+    """What each turns out to have in its cache is its own."""
+    length = case.inputs["input_ids"].shape[1]
+    others = make_inputs(case.family, [[*make_ids(2, seed=3), *[60] * length][:length]], seed=3)
+    turns, more = [case.inputs, others], make_inputs(case.family, [make_ids(1, seed=8)[1:]], seed=8)
+
+    def second_turn(first, cache):
+        both = {name: torch.cat([first[name], more[name]], dim=1) for name in ("attention_mask", "token_type_ids")}
+        return case.model(**more | both, past_key_values=cache).logits
+
+    with patch(case.model, case.profile) as handle:
+        alone = [second_turn(x, case.model(**x, past_key_values=DynamicCache()).past_key_values) for x in turns]
+        caches = [DynamicCache(), DynamicCache()]
+        run_at_once(handle, [partial(case.model, **x, past_key_values=c) for x, c in zip(turns, caches, strict=True)])
+        for first, cache, want in zip(turns, caches, alone, strict=True):
+            assert torch.equal(second_turn(first, cache), want)
+        assert handle.report()["forwards"] == {"sparse": 8}
+
+
+@pytest.mark.parametrize("case", ["gemma3"], indirect=True)
+def test_one_model_measured_in_two_threads(case):
+    """Each prompt's statistics are its own."""
+    prompts = [make_inputs(case.family, [make_ids(2 + t)], seed=t) for t in range(2)]
+    template = SinkTemplate()
+    want = calibrate(case.model, prompts, template=template, thresholds=Thresholds(), progress=False).summary
+    with patch(case.model, template=template, measure_prompts=2) as handle:
+        run_at_once(handle, [partial(case.model, **x) for x in prompts])
+        assert handle.profile.summary == want
+
+
 def fail_in_a_layer(handle, error):
     def fail(*_):
         raise error
@@ -196,6 +251,13 @@ def test_an_exception_leaves_nothing_behind(case, how):
             hook.remove()
         assert torch.equal(case.model(**case.inputs).logits, want)
         assert current_prefill.get() is None
+        if how == "interrupted":
+            hook = fail_in_a_layer(handle, error)
+            with pytest.raises(error):
+                case.model(**inputs)
+            hook.remove()
+            assert current_prefill.get() is not None
+    assert current_prefill.get() is None, "unpatching cleans up"
     assert torch.equal(case.model(**case.inputs).logits, case.dense)
 
 

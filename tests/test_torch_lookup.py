@@ -105,12 +105,37 @@ def test_a_batch_counts_each_of_its_prompts(family):
         assert handle.profile.provenance.n_prompts == 4
 
 
+# Not of Gemma 3: there transformers repeats pictures one by one, so that each row gets other ones.
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("options", [dict(num_beams=3), dict(num_return_sequences=3, do_sample=True)])
+def test_rows_that_generate_repeats_count_once(family, options):
+    model, (inputs,) = make_model(family), prompts_of(family, 1)
+    with patch(model, measure_prompts=2) as handle:
+        model.generate(**inputs, max_new_tokens=2, **options)
+        assert handle.report()["state"] == "measuring"
+        model.generate(**prompts_of(family, 1, first=1)[0], max_new_tokens=2, **options)
+        assert handle.profile.summary.n_prompts == 2
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_videos_can_be_measured(family):
     model = make_model(family)
-    with patch(model, measure_prompts=1) as handle:
-        model(**make_video_inputs([3]))
-        assert handle.profile.summary.n_prompts == 1
+    with patch(model, measure_prompts=2) as handle:
+        model.generate(**make_video_inputs([3]), max_new_tokens=1, num_beams=2)
+        model(**make_video_inputs([3], seed=1))
+        assert handle.profile.summary.n_prompts == 2
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"])
+def test_a_template_other_than_that_of_the_profile_is_refused(family):
+    model, (inputs,) = make_model(family), prompts_of(family, 1)
+    with patch(model, template=SMALL, measure_prompts=1):
+        model(**inputs)
+    patch(model, template=SMALL).unpatch()
+    patch(model).unpatch()
+    with pytest.raises(ValueError, match=r"a template is for a profile that is still to be measured. Got .*calibrate"):
+        patch(model, template=SinkTemplate((0, 5), (1,), 64))
+    assert torch.equal(model(**inputs).logits, make_model(family)(**inputs).logits), "left unpatched"
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl"])

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
-from shared_profiles import Layout, SinkTemplate
+import torch
+from torch import Tensor
+
+from shared_profiles import SinkTemplate, SpecialTokens
 from shared_profiles.classifier import Thresholds
 from shared_profiles.lookup import cache_path
 from shared_profiles.profile import Fingerprint, Profile
 from shared_profiles.provenance import make_profile, prompt_digest
 from shared_profiles.statistics import Statistics
-from torch_blindsight.attention import AttendLayer
+from torch_blindsight.attention import Prefill
 from torch_blindsight.implementations import Implementation
 from torch_blindsight.models import PACKAGES, ModelInfo
 from torch_blindsight.modes import Mode, SparseMode
-from torch_blindsight.observe import ObserveMode
+from torch_blindsight.observe import ObserveMode, Observer
 
 logger = logging.getLogger("torch_blindsight")
 
@@ -50,19 +54,15 @@ class Freezer(ObserveMode):
         self.fingerprint, self.n_prompts = fingerprint, n_prompts
         self._implementation, self._break_even = implementation, break_even
         self.statistics = Statistics(info.n_layers, info.n_heads, origin=fingerprint.digest)
-        self._digests: list[str] = []
 
-    def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
-        """Measures this prompt."""
-        self._digests = [prompt_digest({"input_ids": row}) for row in arguments["input_ids"].cpu().numpy()]
-        return super().prefill(layouts, q_start, arguments)
-
-    def after(self) -> Mode:
+    def after(self, prefill: Prefill, arguments: dict[str, Any]) -> Mode:
         """Takes the records of the prefill that just ended; sparse once there are enough."""
-        assert self.observer is not None
-        for digest, record in zip(self._digests, self.observer.records(), strict=True):
-            if record is not None:
+        assert isinstance(prefill.attend, Observer)  # not `self.observer`: another thread may have begun since
+        repeats = _repeats(arguments, self.info.special)
+        for row, record, again in zip(arguments["input_ids"], prefill.attend.records(), repeats, strict=True):
+            if record is not None and not again:
                 # Only the ids are hashed, and equal ids may be different prompts.
+                digest = prompt_digest({"input_ids": row.cpu().numpy()})
                 self.statistics.add(f"{digest}-{len(self.statistics)}", record)
         if len(self.statistics) < self.n_prompts:
             return self
@@ -90,3 +90,22 @@ class Freezer(ObserveMode):
             )
             return
         logger.warning("%s; saved as %s", measured, path)
+
+
+def _repeats(arguments: Mapping[str, Any], special: SpecialTokens) -> list[bool]:
+    """For each row of a forward, whether an earlier row is the same prompt: `generate` repeats rows for beams."""
+    ids = arguments["input_ids"]
+    pictures = []
+    for name, token in (("pixel_values", special.image), ("pixel_values_videos", special.video)):
+        pixels = arguments.get(name)
+        if pixels is not None:
+            # An image of as many tokens has as many rows of pixels.
+            share = (ids == token).sum(1).cpu()
+            sizes = share * len(pixels) // share.sum()
+            pictures.append(torch.split(pixels, sizes.tolist()))
+    rows = list(zip(ids, *pictures, strict=True))
+
+    def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    return [any(same(row, earlier) for earlier in rows[:i]) for i, row in enumerate(rows)]

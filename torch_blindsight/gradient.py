@@ -42,7 +42,7 @@ class GradientObserver(Observer):
     again = False  # whether layers are being computed again
     _seen: tuple[Tensor, tuple[Tensor, Tensor, Tensor, float, int | None]] | None = None
 
-    def attend(
+    def __call__(
         self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """Dense attention of one layer, `[B, T, H, D]`; differentiable and kept for `measure` the second time."""
@@ -61,7 +61,7 @@ class GradientObserver(Observer):
             gradient: `[B, T, E]`, by the last layer's output.
         """
         self.again = True
-        announce(Prefill(self.layouts, 0, self.attend, differentiable=True))
+        announce(Prefill(self.layouts, 0, self, differentiable=True))
         try:
             for number in reversed(range(len(calls))):
                 layer, (hidden, *args), kwargs = calls.pop()

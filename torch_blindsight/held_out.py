@@ -18,7 +18,7 @@ from shared_profiles.measured import Measured, divergence
 from shared_profiles.processes import ALONE, Processes
 from shared_profiles.profile import Profile
 from shared_profiles.split import require_held_out
-from torch_blindsight.attention import AttendLayer
+from torch_blindsight.attention import AttendLayer, Prefill
 from torch_blindsight.implementations import Implementation
 from torch_blindsight.models import ModelInfo
 from torch_blindsight.modes import Mode, SparseMode
@@ -115,6 +115,6 @@ class _Reference:
         (self.layout,) = layouts
         raise Dense("reference")
 
-    def after(self) -> Mode:
+    def after(self, prefill: Prefill, arguments: dict[str, Any]) -> Mode:
         """Stays as it is."""
         return self

@@ -42,7 +42,7 @@ class MapMode:
         self.layout = layouts[0]
         return "measured", self.attend
 
-    def after(self) -> Mode:
+    def after(self, prefill: Prefill, arguments: dict[str, Any]) -> Mode:
         """Goes on."""
         return self
 

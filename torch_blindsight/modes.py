@@ -24,8 +24,8 @@ class Mode(Protocol):
         """What to count this prefill as, and how its layers are computed; raises `Dense` to decline."""
         ...
 
-    def after(self) -> Mode:
-        """Called when that prefill has ended well; returns the mode of the next one."""
+    def after(self, prefill: Prefill, arguments: dict[str, Any]) -> Mode:
+        """Called when that prefill has ended well, in its own thread; returns the mode of the next one."""
         ...
 
 
@@ -52,7 +52,7 @@ class SparseMode:
             raise Dense("too short to gain")
         return "sparse", self._attend
 
-    def after(self) -> Mode:
+    def after(self, prefill: Prefill, arguments: dict[str, Any]) -> Mode:
         """Stays sparse."""
         return self
 

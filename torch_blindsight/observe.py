@@ -55,9 +55,9 @@ class ObserveMode:
         if q_start:
             raise Dense("only whole prompts are measured")
         self.observer = self._observer(layouts)
-        return "measured", self.observer.attend
+        return "measured", self.observer
 
-    def after(self) -> Mode:
+    def after(self, prefill: Prefill, arguments: dict[str, Any]) -> Mode:
         """Goes on measuring."""
         return self
 
@@ -66,7 +66,7 @@ class ObserveMode:
 
 
 class Observer:
-    """Collects the statistics of one forward, one record per batch row.
+    """Collects the statistics of one forward, one record per batch row; an `AttendLayer`.
 
     Args:
         layouts: B layouts of the whole prompts; rows with fewer than two images are skipped.
@@ -93,10 +93,10 @@ class Observer:
         self.rows = [concatenated_ranges(x.images[1:, 1], x.images[1:, 2]) for x in layouts]
 
     @torch.no_grad()
-    def attend(
+    def __call__(
         self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
-        """Dense attention of one layer, `[B, T, H, D]`, measured on the way; an `AttendLayer`."""
+        """Dense attention of one layer, `[B, T, H, D]`, measured on the way."""
         return self.measure(layer, q, k, v, scale, window)
 
     @torch.no_grad()

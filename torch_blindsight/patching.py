@@ -14,11 +14,12 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from shared_profiles import Category, SinkTemplate
 from shared_profiles.lookup import find_profile
@@ -34,6 +35,9 @@ from torch_blindsight.pruning import REFUSAL, PrunedPrefill, Pruner, Pruning
 logger = logging.getLogger("torch_blindsight")
 
 HANDLE = "_blindsight_handle"  # the attribute of a patched model that holds its handle
+
+# The arguments of the forward in progress and the length of its cache, per thread; None where there are no ids.
+_pending: ContextVar[tuple[int, dict[str, Any]] | None] = ContextVar("blindsight_pending", default=None)
 
 
 class Handle:
@@ -63,7 +67,6 @@ class Handle:
         self._history = TokenHistory()
         self._counts: Counter[str] = Counter()
         self._signature = inspect.signature(model.forward)
-        self._pending: tuple[Tensor, int, dict[str, Any]] | None = None
         config: Any = model.config
         self._previous = config.get_text_config()._attn_implementation
         self._hooks: list[Any] = []
@@ -110,6 +113,9 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        # An interrupted forward (Ctrl-C) never comes to its hook.
+        announce(None)
+        _pending.set(None)
         self.model.set_attn_implementation({"text_config": self._previous})
         delattr(self.model, HANDLE)
 
@@ -144,7 +150,8 @@ class Handle:
         self._refuse(arguments)
         ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        self._pending = None if ids is None else (ids, past, arguments)
+        _pending.set(None if ids is None else (past, arguments))
+        self._history.check(cache)
         must_prune = self._pruning is not None and self._pruning.must_prune(arguments, module.training)
         prefill = None
         try:
@@ -174,7 +181,8 @@ class Handle:
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         prefill = current_prefill.get()
         announce(None)
-        pending, self._pending = self._pending, None
+        pending = _pending.get()
+        _pending.set(None)
         if output is None:  # the forward raised
             return
         if prefill is not None:
@@ -184,13 +192,14 @@ class Handle:
                     f"Called: {prefill.layers}. "
                     "Something replaced the model's attention after patch(); unpatch and patch again."
                 )
-            self.mode = self.mode.after()
+            assert pending is not None, "a prefill has ids"
+            self.mode = self.mode.after(prefill, pending[1])
         cache = getattr(output, "past_key_values", None)
         if self._pruning is not None and isinstance(prefill, PrunedPrefill):
             self._pruning.after(prefill, cache)
             self.kept = prefill.kept
         elif pending is not None and cache is not None:
-            self._history.record(cache, pending[1], Chunk.of(pending[2]))
+            self._history.record(cache, pending[0], Chunk.of(pending[1]))
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
         """Refuses what would be silently wrong under a patch."""
@@ -231,7 +240,7 @@ def patch(
         impl: "triton", the GPU kernel; "portable", plain torch on any device; "reference", the float64 oracle, for
             tests. Default: "triton" for a model on a CUDA device, "portable" elsewhere; `Handle.report` says which.
         allow_mismatch: accept a profile of another model with as many layers and heads.
-        template: sinks and local blocks for a profile that is still to be measured; a profile brings its own.
+        template: sinks and local blocks for a profile that is still to be measured; one that is there has its own.
         measure_prompts: how many prompts to measure before freezing.
         break_even: run prompts dense that are too short to gain (`break_even.py` has the rule). False: all multi-image
             prompts run sparse, for comparisons.
@@ -244,8 +253,8 @@ def patch(
         The handle of the patch. Patching again with the same arguments returns the same handle.
 
     Raises:
-        ValueError: not a supported model; the model is patched already, with other arguments; or a pruner without a
-            profile, or of a layer that the model does not have.
+        ValueError: not a supported model; the model is patched already, with other arguments; a template other than
+            the profile's; or a pruner without a profile, or of a layer that the model does not have.
         ProfileError: the profile is damaged or belongs to another model.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model: its device, dtype or
             head dimension, or Triton itself.
@@ -276,6 +285,11 @@ def patch(
     else:
         profile = profile if isinstance(profile, Profile) else Profile.load(profile)
         profile.require(print_, allow_mismatch=allow_mismatch)
+    if profile is not None and template not in (None, profile.template):
+        raise ValueError(
+            f"a template is for a profile that is still to be measured. Got {template}, and a profile that has "
+            f"{profile.template}. Leave the template out, or calibrate with it and pass that profile."
+        )
     if profile is None and pruner is not None:
         raise ValueError(
             "a pruner needs a profile: prompts are measured whole. Got none, and none was found for this model. "

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from shared_profiles import Family, Layout, SpecialTokens
 
@@ -47,19 +48,34 @@ class Chunk:
         return Chunk(self.ids[:, :n], None, None if self.positions is None else self.positions[..., :n])
 
 
+@dataclass
+class _Known:
+    """What is behind a cache: its tokens, and the storage of its first layer's keys when they were noted."""
+
+    chunks: list[Chunk]
+    keys: tuple[StorageWeakRef, ...]
+
+
 class TokenHistory:
     """The tokens behind each cache, so that a chunk or a second turn knows the images and frames before it.
 
-    They are kept as the tensors they came in, so decode steps cost an append and no synchronization.
+    They are kept as the tensors they came in, so decode steps cost an append and no synchronization. Call `check`
+    before each forward and `record` after it.
     """
 
     def __init__(self) -> None:
-        self._chunks: WeakKeyDictionary[Any, list[Chunk]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
+
+    def check(self, cache: Any) -> None:
+        """Forgets a cache whose rows somebody reordered, repeated or selected since; cropping changes no storage."""
+        known = self._known.get(cache) if cache is not None else None
+        if known is not None and known.keys != _keys_of(cache):
+            del self._known[cache]
 
     def before(self, cache: Any, length: int) -> list[Chunk] | None:
         """The first `length` tokens of the cache, or None where they did not all pass through here."""
         found = []
-        for chunk in self._chunks.get(cache, []):
+        for chunk in self._known[cache].chunks if cache in self._known else []:
             if length > 0:
                 found.append(chunk.cut(length))
                 length -= chunk.ids.shape[1]
@@ -67,16 +83,22 @@ class TokenHistory:
 
     def record(self, cache: Any, length: int, chunk: Chunk) -> None:
         """Notes that a chunk now follows the first `length` tokens of the cache."""
-        chunks = self._chunks.get(cache, [])
-        known = sum(c.ids.shape[1] for c in chunks)
-        if chunks and len(chunks[0].ids) != len(chunk.ids):  # rows of the cache were repeated or selected
-            self._chunks.pop(cache)
-        elif known == length:
-            self._chunks.setdefault(cache, chunks).append(chunk)
-        elif known > length:  # the cache was cropped
-            self._chunks[cache] = [*(self.before(cache, length) or ()), chunk]
-        else:
-            self._chunks.pop(cache, None)
+        before = self.before(cache, length)
+        if before is None or (before and len(before[0].ids) != len(chunk.ids)):
+            self._known.pop(cache, None)
+            return
+        known = self._known.get(cache)
+        if known is not None and sum(len(c.ids[0]) for c in known.chunks) == length:
+            known.chunks.append(chunk)
+            known.keys = _keys_of(cache)
+        else:  # a new cache, or one that was cropped
+            self._known[cache] = _Known([*before, chunk], _keys_of(cache))
+
+
+def _keys_of(cache: Any) -> tuple[StorageWeakRef, ...]:
+    """The storage of the first layer's keys; none for a cache that does not show them."""
+    keys = getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
+    return () if keys is None else (StorageWeakRef(keys.untyped_storage()),)
 
 
 def read_layouts(
@@ -117,17 +139,21 @@ def read_layouts(
             raise Dense("tokens in the cache are unknown")
         chunks = [*before, *chunks]
     valid = None if mask is None else mask.cpu().numpy()
+    if valid is not None and (np.diff(valid != 0, axis=1, prepend=False, append=False).sum(axis=1) > 2).any():
+        raise Dense("padding inside a row")
     rows = torch.cat([chunk.ids.to(ids.device) for chunk in chunks], dim=1).cpu().numpy()
     frames = _frames(rows, valid, special, chunks)
     # Gemma 3 looks both ways where token_type_ids say so; generate leaves them out of a chunked prefill.
-    bidirectional = family.bidirectional and arguments.get("token_type_ids") is not None
+    types = arguments.get("token_type_ids") if family.bidirectional else None
+    if types is not None and not np.array_equal(types.cpu().numpy() == 1, rows == special.image):
+        raise Dense("token_type_ids are not those of all tokens")
     layouts = [
         Layout.from_ids(
             row,
             special,
             valid=None if valid is None else valid[b],
             frames=frames[b],
-            bidirectional=bidirectional,
+            bidirectional=types is not None,
             unfinished=True,
         )
         for b, row in enumerate(rows)

@@ -114,7 +114,7 @@ class SinkMode:
         self.meter = SinkMeter(layouts, self.info, self.reach)
         return "measured", self.attend
 
-    def after(self) -> Mode:
+    def after(self, prefill: Prefill, arguments: dict[str, Any]) -> Mode:
         """Goes on measuring."""
         return self
 

@@ -1,0 +1,62 @@
+"""What transformers takes in second turns, and what a patched model makes of it: token types, masks with holes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from tiny_models import double_model, in_double, make_ids, make_inputs, make_model, mixed_profile, patch
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("types", ["of all tokens", "of the new tokens", "all text"])
+def test_token_types_of_gemma(types):
+    """Transformers reads them from the first cached token on; what does not mark just the images runs dense."""
+    model = double_model("gemma3")
+    first, more = (in_double(make_inputs("gemma3", [make_ids(2, seed=s)], seed=s)) for s in (0, 5))
+    given = torch.cat([first["token_type_ids"], more["token_type_ids"]], dim=1)
+    given = {"of all tokens": given, "of the new tokens": more["token_type_ids"], "all text": 0 * given}[types]
+    mask = torch.ones(1, first["input_ids"].shape[1] + more["input_ids"].shape[1], dtype=torch.long)
+
+    def first_turn():
+        return model(**first, past_key_values=DynamicCache(config=model.config)).past_key_values
+
+    def second_turn(cache):
+        return model(**more | dict(attention_mask=mask, token_type_ids=given), past_key_values=cache).logits
+
+    with patch(model, mixed_profile(model)) as handle:
+        caches = first_turn(), first_turn()
+        got, forwards = second_turn(caches[0]), handle.report()["forwards"]
+    dense = second_turn(caches[1])
+    if types == "of all tokens":
+        assert forwards == {"sparse": 3}
+        assert not torch.equal(got, dense)
+    else:
+        assert forwards == {"sparse": 2, "dense: token_type_ids are not those of all tokens": 1}
+        assert torch.equal(got, dense)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+def test_padding_between_turns_runs_dense(family):
+    """A batch padded on the right goes on behind its padding."""
+    model = make_model(family)
+    inputs = make_inputs(family, [make_ids(3), make_ids(2)], left=False)
+    past = inputs["input_ids"].shape[1]
+    new = torch.tensor([[20, 21, 22]]).expand(2, -1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
+    where = torch.arange(past, past + 3).expand(*(() if family == "gemma3" else (3,)), 2, -1)
+
+    def second_turn(cache):
+        return model(input_ids=new, attention_mask=mask, position_ids=where, past_key_values=cache).logits
+
+    with patch(model, mixed_profile(model)) as handle:
+        caches = [model(**inputs, past_key_values=DynamicCache()).past_key_values for _ in range(2)]
+        got = second_turn(caches[0])
+        assert handle.report()["forwards"] == {"sparse": 2, "dense: padding inside a row": 1}
+    assert torch.equal(got, second_turn(caches[1]))
