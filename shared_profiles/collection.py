@@ -42,7 +42,7 @@ class Collector[P]:
         processes: those that share the work.
 
     Raises:
-        ValueError: a state is damaged.
+        ValueError: a state is damaged, or holds a prompt that is now held out.
         OSError: a state cannot be read.
     """
 
@@ -62,6 +62,8 @@ class Collector[P]:
         self._fingerprint, self._rankings, self._save_every = fingerprint, rankings, save_every
         self._split, self._processes = split, processes
         self._files = StateFiles(state, merge, processes)
+        if split is not None:
+            self._files.require_none(split.claims)
         # A prompt that was found to show nothing is None.
         self._stream: Iterator[tuple[str, P | None]] = ((prompt_digest(arrays(prompt)), prompt) for prompt in prompts)
         self._sinks: dict[str, SinkMass] = {}
@@ -110,25 +112,19 @@ class Collector[P]:
             template: what it is measured with.
 
         Raises:
-            ValueError: no prompt shows anything; a state is of another model, template or rankings, or holds a prompt
-                that is now held out; or processes were given different prompts.
+            ValueError: no prompt shows anything; a state is of another model, template or rankings; a prompt is among
+                the given held-out ones; or processes were given different prompts.
             OSError: the state cannot be written.
         """
         statistics = self._files.begin(self._fingerprint, template, self._rankings)
         for prompt_id, mass in self._sinks.items():
             statistics.add_sinks(prompt_id, mass)
-        known = set(statistics.prompt_ids)
-        met, order = set(known), hashlib.sha256()
+        met, order = set(statistics.prompt_ids), hashlib.sha256()
         unsaved = skipped = held_out = turn = 0
         try:
             for prompt_id, prompt in self._stream:
                 order.update(prompt_id.encode())
                 if prompt is not None and self._split is not None and self._split.holds_out(prompt_id, prompt):
-                    if prompt_id in known:
-                        raise ValueError(
-                            f"held-out prompts must not be calibrated on. The state has prompt {prompt_id}: it was "
-                            "begun without this split. Begin another."
-                        )
                     held_out += 1
                     continue
                 if prompt_id in met:

@@ -32,9 +32,13 @@ class Split[P]:
         self.share = share
         self.prompts: dict[str, P] = {}
 
+    def claims(self, prompt_id: str) -> bool:
+        """Whether a prompt is on the held-out side, wherever it may come from."""
+        return is_held_out(prompt_id, self.share)
+
     def holds_out(self, prompt_id: str, prompt: P) -> bool:
         """Whether a prompt is held out; it is then kept in `prompts`."""
-        if not is_held_out(prompt_id, self.share):
+        if not self.claims(prompt_id):
             return False
         self.prompts.setdefault(prompt_id, prompt)
         return True
@@ -54,13 +58,17 @@ class Given[P](Split[P]):
         require_held_out(len(prompts), 0)
         self.prompts = prompts
 
+    def claims(self, prompt_id: str) -> bool:
+        """Whether a prompt is one of them."""
+        return prompt_id in self.prompts
+
     def holds_out(self, prompt_id: str, prompt: P) -> bool:
         """Never: such a prompt must not come among those to calibrate on.
 
         Raises:
             ValueError: it does.
         """
-        if prompt_id in self.prompts:
+        if self.claims(prompt_id):
             raise ValueError(
                 f"held-out prompts must not be calibrated on. Got prompt {prompt_id} in both. Leave it out of one."
             )

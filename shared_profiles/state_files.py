@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from shared_profiles.processes import Processes
@@ -69,6 +69,20 @@ class StateFiles:
             ValueError: they are not of a calibration.
         """
         return read_origin(self._found[0][1].origin)[1] if self._found else None
+
+    def require_none(self, held_out: Callable[[str], bool]) -> None:
+        """Refuses statistics, and sinks, of prompts that are held out now; `held_out` tells which.
+
+        Raises:
+            ValueError: a file has such a prompt.
+        """
+        for path, part in self._found:
+            for prompt_id in (*part.prompt_ids, *part.sinks):
+                if held_out(prompt_id):
+                    raise ValueError(
+                        f"held-out prompts must not be calibrated on. {path} has prompt {prompt_id}: it was begun "
+                        "without this split. Begin another state, or hold out as it did."
+                    )
 
     def begin(self, fingerprint: Fingerprint, template: SinkTemplate, rankings: Iterable[str]) -> Statistics:
         """All that was found, as one state.

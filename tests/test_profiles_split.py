@@ -7,7 +7,10 @@ import pytest
 
 from profile_strategies import fingerprint
 from shared_profiles.collection import Collector
+from shared_profiles.provenance import prompt_digest
+from shared_profiles.sink_statistics import SinkMass
 from shared_profiles.split import Given, Split, is_held_out, require_held_out
+from shared_profiles.state_files import origin_of
 from shared_profiles.statistics import PromptStatistics, Statistics
 from shared_profiles.template import SinkTemplate
 
@@ -23,6 +26,10 @@ def measure(prompt: int) -> PromptStatistics | None:
 def run(prompts, **options) -> Statistics:
     collector = Collector(prompts, lambda prompt: {"input_ids": np.array([prompt])}, fingerprint(), **options)
     return collector.collect(measure, SinkTemplate())
+
+
+def by_digest(prompts) -> dict[str, int]:
+    return {prompt_digest({"input_ids": np.array([prompt])}): prompt for prompt in prompts}
 
 
 def test_the_halves_are_disjoint_whole_and_the_same_in_every_order():
@@ -67,17 +74,33 @@ def test_an_interrupted_run_goes_on_with_the_same_split(tmp_path):
     assert not set(split.prompts) & set(whole.prompt_ids)
 
 
-def test_what_was_calibrated_on_is_never_measured_on(tmp_path):
-    state = tmp_path / "state.npz"
-    run(range(99), state=state)
-    with pytest.raises(ValueError, match=r"must not be calibrated on. The state has .* was begun without this split"):
-        run(range(99), split=Split(0.3), state=state)
-    ids = Split(0.999999)
+def test_what_is_calibrated_on_is_never_measured_on():
     with pytest.raises(ValueError, match=r"Got none \(0 prompts with fewer, 9 held out\)"):
-        run(range(9), split=ids)
+        run(range(9), split=Split(0.999999))
     with pytest.raises(ValueError, match=r"held-out prompts must not be calibrated on\. Got prompt .* in both"):
-        run(range(9), split=Given(ids.prompts))
-    assert len(run(range(9, 19), split=Given(ids.prompts))) == 5
+        run(range(9), split=Given(by_digest(range(9))))
+    assert len(run(range(9, 19), split=Given(by_digest(range(9))))) == 5
+
+
+@pytest.mark.parametrize("how", ["state", "merge"])
+@pytest.mark.parametrize("split", ["given", "share", "larger-share"])
+def test_a_state_with_held_out_prompts_is_refused_before_anything_is_read(split, how, tmp_path):
+    path = tmp_path / "old.npz"
+    run(range(99), split=Split(0.1) if split == "larger-share" else None, state=path)
+    kinds = {"given": Given(by_digest(range(90, 120))), "share": Split(0.3), "larger-share": Split(0.5)}
+    again = {"state": path} if how == "state" else {"merge": [path]}
+    with pytest.raises(ValueError, match=r"must not be calibrated on\. .*old\.npz has .* begun without this split"):
+        run(None, split=kinds[split], **again)
+
+
+def test_sinks_of_held_out_prompts_are_refused(tmp_path):
+    """A run that was killed early has learned from more prompts than it measured."""
+    path, (prompt_id, prompt) = tmp_path / "old.npz", next(iter(by_digest(range(9)).items()))
+    killed = Statistics(2, 3, origin=origin_of(fingerprint().digest, SinkTemplate()))
+    killed.add_sinks(prompt_id, SinkMass(*(np.ones(shape) for shape in ((2, 3), (2, 3), (2, 3, 5), (2, 5)))))
+    killed.save(path)
+    with pytest.raises(ValueError, match=rf"old\.npz has prompt {prompt_id}"):
+        run(range(9), split=Given({prompt_id: prompt}), state=path)
 
 
 def test_an_empty_half_is_refused():
