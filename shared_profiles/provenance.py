@@ -17,10 +17,19 @@ from shared_profiles.template import SinkTemplate
 
 
 def prompt_digest(inputs: Mapping[str, np.ndarray]) -> str:
-    """A hash of what a processor returned for one prompt, whatever its order and memory layout."""
+    """A hash of what a processor returned for one prompt, whatever its order and memory layout.
+
+    Raises:
+        ValueError: an array holds Python objects, which have no bytes that are the same in another process.
+    """
     digest = hashlib.sha256()
     for name in sorted(inputs):
         array = np.ascontiguousarray(inputs[name])
+        if array.dtype.hasobject:
+            raise ValueError(
+                f"a prompt must hold numbers or texts, to be known again by them. Got Python objects in {name}. Leave "
+                "it out, or make it an array of numbers."
+            )
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()[:32]

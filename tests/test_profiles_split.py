@@ -32,6 +32,15 @@ def by_digest(prompts) -> dict[str, int]:
     return {prompt_digest({"input_ids": np.array([prompt])}): prompt for prompt in prompts}
 
 
+def test_a_prompt_is_known_by_its_values_alone():
+    prompt = {"a": np.arange(6).reshape(2, 3), "b": np.array(["x"])}
+    same = {"b": np.array(["x"]), "a": np.asfortranarray(prompt["a"])}
+    assert prompt_digest(prompt) == prompt_digest(same) != prompt_digest({"a": prompt["a"]})
+    for value in (None, [object()], np.zeros(1, [("x", object)])):
+        with pytest.raises(ValueError, match=r"must hold numbers or texts.* Got Python objects in b"):
+            prompt_digest(prompt | {"b": np.asarray(value)})
+
+
 def test_the_halves_are_disjoint_whole_and_the_same_in_every_order():
     split, again = Split(0.25), Split(0.25)
     calibrated = run(range(400), split=split)

@@ -200,10 +200,12 @@ def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
 
 
 def _arrays(model: nn.Module, prompt: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The prompt in NumPy, once checked."""
+    """The prompt in NumPy, once checked; without what is None."""
     _check_prompt(model, prompt)
     arrays = {}
     for name, x in prompt.items():
+        if x is None:
+            continue
         if isinstance(x, torch.Tensor):
             x = (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()  # NumPy has no bfloat16
         arrays[name] = np.asarray(x)
