@@ -6,6 +6,7 @@ misses. So the prompts are grouped by their number of images, and the worst grou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,10 +72,31 @@ def divergence(dense: np.ndarray, sparse: np.ndarray) -> tuple[np.ndarray, np.nd
     """What separates two models' next tokens: `Measured.kl` and `Measured.agree`.
 
     Args:
-        dense, sparse: `[N, V]` log-probabilities.
+        dense, sparse: `[..., V]` log-probabilities.
+
+    Returns:
+        Nats and bools, each of shape `[...]`; nats are not finite where a model gave no such probabilities.
     """
     p = np.asarray(dense, dtype=np.float64)
     q = np.asarray(sparse, dtype=np.float64)
     with np.errstate(invalid="ignore"):  # 0 * (-inf - -inf): an impossible token
         terms = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q))
     return terms.sum(axis=-1), p.argmax(axis=-1) == q.argmax(axis=-1)
+
+
+def divergence_of_one(dense: np.ndarray, sparse: np.ndarray) -> float:
+    """The divergence of one next token in nats, at least 0.
+
+    Args:
+        dense, sparse: `[V]` log-probabilities.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    kl = float(divergence(dense, sparse)[0])
+    if not math.isfinite(kl):
+        raise ValueError(
+            f"the model must give finite probabilities. Got a divergence of {kl} nats between two next tokens. Are its "
+            "weights in order, and is its dtype wide enough? Try float32."
+        )
+    return max(kl, 0.0)  # rounding may take it a little below

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from blindsight_cli.backends import Answer
+from blindsight_cli.backends.torch_backend import TorchBackend
 from blindsight_cli.commands.run import COMPARE_REPEATS
 from blindsight_cli.launched import Place, launched
 from blindsight_cli.loading import DTYPES, ask, load_checkpoint, load_image, pick_device
@@ -242,6 +245,22 @@ def test_compare_reports_what_the_library_computes(checkpoint: Path, prompts: Pa
     assert (told["n_tokens"], told["n_images"]) == (layout.n_tokens, 4)
     seconds = [run["prefill_seconds"] for run in told["runs"]]
     assert told["speedup"] == pytest.approx(seconds[0] / seconds[1]) and told["prefill_repeats"] == COMPARE_REPEATS
+
+
+def test_compare_refuses_what_is_no_probability(
+    checkpoint: Path, prompts: Path, sparse_profile: Path, monkeypatch
+) -> None:
+    answer = TorchBackend.answer
+    for bad in (np.nan, -np.inf):
+
+        def spoilt(self: TorchBackend, inputs: Any, profile: Profile | None, n: int, bad: float = bad) -> Answer:
+            given = answer(self, inputs, profile, n)
+            return given if profile is None else replace(given, log_probs=np.full_like(given.log_probs, bad))
+
+        monkeypatch.setattr(TorchBackend, "answer", spoilt)
+        args = (*pictures(prompts), "--question", QUESTION, "--compare", "--profile", sparse_profile)
+        result = blindsight("run", checkpoint, *args)
+        assert (result.exit_code, result.stdout) == (2, "") and "must give finite probabilities" in result.stderr
 
 
 def test_compare_in_words(checkpoint: Path, prompts: Path, sparse_profile: Path) -> None:

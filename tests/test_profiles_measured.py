@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_profiles.measured import MOST_GROUPS, SMALLEST_GROUP, Measured, divergence, groups
+from shared_profiles.measured import MOST_GROUPS, SMALLEST_GROUP, Measured, divergence, divergence_of_one, groups
 
 
 @given(st.integers(1, 5), st.integers(2, 9), st.integers(0, 2**32))
@@ -25,6 +25,16 @@ def test_impossible_tokens_count_nothing():
         dense = np.log(np.array([[0.5, 0.5, 0.0]]))
     assert divergence(dense, dense)[0][0] == 0
     assert divergence(dense, np.log([[0.25, 0.25, 0.5]]))[0][0] == pytest.approx(np.log(2))
+
+
+def test_one_next_token_diverges_by_a_finite_number():
+    with np.errstate(divide="ignore"):
+        dense = np.log([0.5, 0.5, 0.0])
+    assert divergence_of_one(dense, np.log([0.25, 0.25, 0.5])) == pytest.approx(np.log(2))
+    assert divergence_of_one(dense, dense + 1e-17) == divergence_of_one(dense, dense + 1e-12) == 0
+    for sparse in (np.full(3, np.nan), dense[::-1]):
+        with pytest.raises(ValueError, match="must give finite probabilities"):
+            divergence_of_one(dense, sparse)
 
 
 counts_of_images = st.lists(st.integers(2, 40), min_size=1, max_size=200).map(np.array)

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
+from shared_profiles.measured import divergence_of_one
 from shared_profiles.profile import Profile
 from shared_profiles.sink_statistics import SinkMass, learn_template
 from torch_blindsight.maps import attention_maps
 from torch_blindsight.models import inspect_model
-from torch_blindsight.sinks import SinkReading, measure_sinks
+from torch_blindsight.sinks import measure_sinks
 
 DRAWN_TOKENS, DRAWN_IMAGES = 512, 4  # at most, and preferably at least, in the prompt that is drawn
 ALL_HEADS, HEADS_EACH = 64, 12  # all heads of a small model are drawn, of a larger one so many of each category
@@ -87,7 +88,7 @@ def analyze(
         answers: the right next token of every prompt, where they are known.
 
     Raises:
-        ValueError: no prompt has two images, or one is malformed.
+        ValueError: no prompt has two images, one is malformed, or the model gives no finite probabilities.
     """
     with_, without = (measure_sinks(model, prompts, delimiters=kept) for kept in (True, False))
     if not with_:
@@ -105,7 +106,7 @@ def analyze(
         learned=learned,
         template=template,
         categories=None if profile is None else profile.categories,
-        kl=float(np.mean([_kl(a, b) for a, b in zip(with_, without, strict=True)])),
+        kl=float(np.mean([divergence_of_one(a.log_probs, b.log_probs) for a, b in zip(with_, without, strict=True)])),
         same_answer=float((first == second).mean()),
         right=None if answers is None else (float((first == answers).mean()), float((second == answers).mean())),
         drawn=drawn,
@@ -151,7 +152,3 @@ def _draw(
         kept = category_mask(layout, category, template, window=info.windows[layer])
         maps.append(HeadMap(layer, head, category, weight, kept, float((weight * kept)[rows].sum(-1).mean())))
     return layout, tuple(maps)
-
-
-def _kl(a: SinkReading, b: SinkReading) -> float:
-    return float((np.exp(a.log_probs) * (a.log_probs - b.log_probs)).sum())

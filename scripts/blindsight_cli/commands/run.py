@@ -18,6 +18,7 @@ from blindsight_cli.report import figures
 from blindsight_cli.timing import median_pair
 from shared_profiles import Category, Layout, SinkTemplate, count_model_pairs
 from shared_profiles.lookup import find_profile
+from shared_profiles.measured import divergence_of_one
 from shared_profiles.profile import Profile
 
 COMPARE_REPEATS = 3
@@ -75,7 +76,8 @@ def run_question(
         The exit code.
 
     Raises:
-        ValueError, OSError: a file or an option is wrong, or there is no profile to compare with.
+        ValueError, OSError: a file or an option is wrong, there is no profile to compare with, or the model gives no
+            probabilities to compare.
         IncompatibleError, ProfileError: model, profile and versions do not go together.
     """
     check_family(checkpoint)
@@ -129,12 +131,12 @@ class _Session:
     def both(self, profile: Profile) -> tuple[list[Run], float]:
         """Dense and sparse, and the KL divergence of the answer's first token; prefills are timed in turns."""
         dense, sparse = self._answer(None), self._answer(profile)
+        kl = divergence_of_one(dense.log_probs, sparse.log_probs)
         seconds = median_pair(
             lambda: self._prefill_seconds(None), lambda: self._prefill_seconds(profile), COMPARE_REPEATS
         )
-        kl = float((np.exp(dense.log_probs) * (dense.log_probs - sparse.log_probs)).sum())
         runs = [self._run("dense", dense, seconds[0], None), self._run("sparse", sparse, seconds[1], profile)]
-        return runs, max(0.0, kl)
+        return runs, kl
 
     def _answer(self, profile: Profile | None) -> Answer:
         return self.model.answer(self.inputs, profile, self.max_new_tokens)

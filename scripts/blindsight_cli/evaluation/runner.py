@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from blindsight_cli.evaluation.samples import Arm, Sample, SampleFile
 from blindsight_cli.loading import ask
 from blindsight_cli.prompt_file import open_images
 from shared_profiles import Category, Layout, PairCounts, SinkTemplate, count_model_pairs
+from shared_profiles.measured import divergence_of_one
 from shared_profiles.profile import Profile
 
 
@@ -88,9 +88,6 @@ class _Session:
         order = [self.profile, None] if sparse_first else [None, self.profile]
         answers = {p is None: self.model.answer(inputs, p, self.asking.max_new_tokens) for p in order}
         dense, sparse = answers[True], answers[False]
-        kl = float((np.exp(dense.log_probs) * (dense.log_probs - sparse.log_probs)).sum())
-        if not math.isfinite(kl):
-            raise ValueError("the model must give finite probabilities. Got NaN or infinities. Try --dtype float32.")
         return Sample(
             line=item.prompt.line,
             digest=digest(item.prompt, images),
@@ -99,7 +96,7 @@ class _Session:
             n_images=layout.n_images,
             dense=self._arm(item, dense, layout, None),
             sparse=self._arm(item, sparse, layout, self.profile if sparse.ran == "sparse" else None),
-            kl=max(0.0, kl),
+            kl=divergence_of_one(dense.log_probs, sparse.log_probs),
             n_seen=self.overlap.n_seen(images),
             seconds=self._seconds(inputs, order) if timed else (),
         )
