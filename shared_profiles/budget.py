@@ -151,21 +151,34 @@ def retune(profile: Profile, budget: float) -> Profile:
 
 
 def retune_by_thresholds(profile: Profile, thresholds: Thresholds) -> Profile:
-    """The profile with the categories that thresholds on retained mass give; its curve stays as it is.
+    """The profile with the categories that thresholds on retained mass give; its curve stays, with what it was measured on.
 
     Raises:
         ValueError: it has no statistics, or not the quantile.
     """
     categories = classify(statistics_of(profile), thresholds)
-    kept = {key: profile.choice[key] for key in ("sinks",) if key in profile.choice}
+    kept = {key: profile.choice[key] for key in ("held_out", "sinks") if key in profile.choice}
     return replace(profile, categories=categories, choice=thresholds.to_choice() | kept)
 
 
-def verify(profile: Profile, measure: Measure) -> Profile:
-    """Measures a profile's own categories; the point joins the curve, in place of one of the same categories."""
+def verify(profile: Profile, measure: Measure, *, held_out: str) -> Profile:
+    """Measures a profile's own categories; the point joins the curve, in place of one of the same categories.
+
+    A curve that was measured on other prompts, or on nobody knows which, cannot be compared with it and goes.
+
+    Args:
+        profile: a profile with statistics.
+        measure: runs the held-out prompts.
+        held_out: hash of these, kept in `choice`.
+
+    Raises:
+        ValueError: the profile has no statistics, or nothing can be measured.
+    """
     point = point_of(profile, profile.categories, measure)
-    others = [other for other in profile.curve if other.heads != point.heads]
-    return replace(profile, curve=tuple(sorted((*others, point), key=lambda p: (-p.kept, p.kl))))
+    same = profile.choice.get("held_out") == held_out
+    others = [other for other in profile.curve if other.heads != point.heads] if same else []
+    curve = tuple(sorted((*others, point), key=lambda p: (-p.kept, p.kl)))
+    return replace(profile, curve=curve, choice={**profile.choice, "held_out": held_out})
 
 
 def chosen_point(profile: Profile) -> CurvePoint | None:

@@ -77,5 +77,6 @@ def test_what_a_profile_says() -> None:
     assert "No head can be sparse within the budget of 0 nats" in chosen_by(retune(profile, 0.0))
     by_mass = retune_by_thresholds(profile, Thresholds())
     assert budget_of(by_mass) is None and "thresholds on retained mass: gamma_sink 0.95" in chosen_by(by_mass)
+    assert "held_out" in by_mass.choice and "held_out" not in chosen_by(by_mass)
     assert not any(row.chosen for row in curve_from_profile(by_mass))
     assert chosen_by(replace(profile, choice={"method": "manual"})) == "Categories were set by hand."

@@ -96,11 +96,12 @@ def test_thresholds_choose_again_and_say_that_nothing_was_measured(profile: Path
     assert before.summary is not None
     wanted = Thresholds(gamma_dense=0.3, gamma_intra=0.2)
     np.testing.assert_array_equal(after.categories, classify(before.summary, wanted))
-    assert after.choice == wanted.to_choice() | {"sinks": before.choice["sinks"]}, "the template stays"
+    stays = {key: before.choice[key] for key in ("held_out", "sinks")}
+    assert after.choice == wanted.to_choice() | stays, "of the template and of the curve"
     assert after.curve == before.curve
     assert "no measured point has these categories" in result.stderr
     assert blindsight("profile", "retune", profile, "--thresholds").exit_code == 0
-    assert Profile.load(profile).choice == Thresholds().to_choice() | {"sinks": before.choice["sinks"]}
+    assert Profile.load(profile).choice == Thresholds().to_choice() | stays
 
 
 def test_verifying_measures_on_other_prompts(profile: Path, checkpoint: Path, others: Path) -> None:
@@ -111,7 +112,11 @@ def test_verifying_measures_on_other_prompts(profile: Path, checkpoint: Path, ot
     after = Profile.load(profile)
     point = chosen_point(after)
     assert point is not None and point.n_prompts == 2
-    assert {*before.curve} < {*after.curve}
+    assert after.curve == (point,), "no point of other prompts stays beside it"
+    assert after.choice["held_out"] != before.choice["held_out"]
+    result = blindsight("profile", "retune", profile, "--gamma-dense", 0.9, *args)
+    assert result.exit_code == 0, result.stderr
+    assert point in Profile.load(profile).curve and len(Profile.load(profile).curve) == 2, "the same prompts"
     result = blindsight("profile", "retune", profile, "--budget", 0.05, "--ranking", "residual", *args)
     assert result.exit_code == 0, result.stderr
     searched = Profile.load(profile)

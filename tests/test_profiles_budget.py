@@ -228,11 +228,24 @@ def test_thresholds_choose_from_the_same_statistics_and_can_be_verified():
     tuned, thresholds = tuned_profile(), Thresholds(gamma_dense=0.3, gamma_intra=0.3, gamma_sink=0.3)
     by_mass = retune_by_thresholds(tuned, thresholds)
     np.testing.assert_array_equal(by_mass.categories, classify(tuned.summary, thresholds))
-    assert by_mass.choice == thresholds.to_choice() and by_mass.curve == tuned.curve
+    measured_on = {"held_out": tuned.choice["held_out"]}
+    assert by_mass.choice == thresholds.to_choice() | measured_on and by_mass.curve == tuned.curve
     assert by_mass.categories.any() and chosen_point(by_mass) is None
-    measured = verify(by_mass, Model(lambda _: 0.125, n=7))
+    measured = verify(by_mass, Model(lambda _: 0.125, n=7), **measured_on)
     point = chosen_point(measured)
     assert (point.kl, point.n_prompts, point.agreement) == (0.125, 7, 1.0)
     assert len(measured.curve) == len(tuned.curve) + 1
-    assert verify(measured, Model(lambda _: 0.25)).curve != measured.curve
-    assert len(verify(measured, Model(lambda _: 0.25)).curve) == len(measured.curve)
+    assert measured.choice == by_mass.choice
+    again = verify(measured, Model(lambda _: 0.25), **measured_on)
+    assert again.curve != measured.curve and len(again.curve) == len(measured.curve)
+
+
+def test_a_curve_is_of_one_set_of_prompts():
+    """Easy prompts and hard ones: a budget is never served from points of both."""
+    tuned = retune_by_thresholds(tuned_profile(), Thresholds(gamma_dense=0.3, gamma_intra=0.3, gamma_sink=0.3))
+    for known in (tuned, replace(tuned, choice=Thresholds().to_choice())):
+        verified = verify(known, Model(lambda _: 0.5), held_out="sha256:others")
+        assert verified.curve == (chosen_point(verified),) and verified.choice["held_out"] == "sha256:others"
+        assert retune(verified, 0.5).choice["held_out"] == "sha256:others"
+        with pytest.raises(ValueError, match=r"Its points go from 0\.5 on"):
+            retune(verified, 0.25)

@@ -77,7 +77,8 @@ def retune(
     verify: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
-            metavar="CHECKPOINT PROMPTS", help="Measure on these prompts; they must not be those it was made from."
+            metavar="CHECKPOINT PROMPTS",
+            help="Measure on these prompts, not those it was made from; points measured on others leave its curve.",
         ),
     ] = None,
     ranking: RankingOption = None,

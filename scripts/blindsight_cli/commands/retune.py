@@ -4,11 +4,12 @@ a budget                   the cheapest measured point of the stored curve withi
 a budget, prompts          the whole search again, measured on these prompts
 thresholds                 what they give
 thresholds, prompts        and what it costs, measured on these prompts
+
+A curve is of one set of prompts: points that were measured on others give way to the new ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from blindsight_cli.backends import BackendName, load_backend
@@ -23,7 +24,6 @@ from blindsight_cli.prompt_file import PromptLoader, read_prompts
 from shared_profiles.budget import Budget, chosen_point, retune, retune_by_thresholds, tune, verify
 from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Profile
-from shared_profiles.provenance import dataset_hash
 
 
 def run_retune(
@@ -86,10 +86,8 @@ def _measured(
     if profile.provenance is not None and profile.provenance.dataset_hash == held.digest:
         raise ValueError(f"{data}: a profile must be verified on other prompts than it was made from. Name another.")
     if isinstance(how, Thresholds):
-        return verify(retune_by_thresholds(profile, how), held)
-    budget = Budget(how, ranking or _ranking(profile))
-    # Points measured on other prompts do not belong to this search's curve.
-    return tune(replace(profile, curve=()), budget, held, held_out=dataset_hash(held.prompts))
+        return verify(retune_by_thresholds(profile, how), held, held_out=held.digest)
+    return tune(profile, Budget(how, ranking or _ranking(profile)), held, held_out=held.digest)
 
 
 def _ranking(profile: Profile) -> str:

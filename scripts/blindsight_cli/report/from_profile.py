@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from blindsight_cli.evaluation.statistics import least_agreement
 from blindsight_cli.report.codec import conform
 from blindsight_cli.report.curve import CurveRow
 from blindsight_cli.report.data import CategoryStatistics
 from blindsight_cli.report.figures import nats, percent
 from shared_profiles.budget import chosen_point
+from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Profile
 from shared_profiles.summary import Summary
 
+_THRESHOLDS = [field.name for field in fields(Thresholds)]
 _RANKED = {
     "gradient": "by what a change of each head does to the next token, from one backward pass a prompt",
     "residual": "by how far a change of each head moves the residual stream",
@@ -52,7 +56,7 @@ def chosen_by(profile: Profile) -> str:
             f"budget of {nats(choice['budget'])} nats.{told}"
         )
     if choice["method"] == "thresholds":
-        values = ", ".join(f"{key} {value}" for key, value in choice.items() if key not in ("method", "sinks"))
+        values = ", ".join(f"{key} {value}" for key, value in choice.items() if key in _THRESHOLDS)
         return f"Categories were chosen by thresholds on retained mass: {values}."
     return "Categories were set by hand."
 
