@@ -26,6 +26,7 @@ from shared_profiles.fisher import prompt_seed
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, make_profile, make_provenance, prompt_digest
 from shared_profiles.split import HELD_OUT, Given, Split
+from shared_profiles.state_files import one_writer
 from shared_profiles.statistics import PromptStatistics
 
 PACKAGES = ("jax", "flax")  # whose versions a profile's provenance names
@@ -70,7 +71,8 @@ def calibrate(
         held_out: the share of prompts that a budget is measured on, chosen by their content; or these prompts. They
             stay in memory until the end.
         local_block: width of the local blocks of a template that is not given, a multiple of 8. Default: 128.
-        state: file in which the statistics are kept, written every `save_every` prompts and on interruption.
+        state: file in which the statistics are kept, written every `save_every` prompts and on interruption, by one
+            run at a time.
         merge: further such files, whose statistics count, too; of the same model, template and rankings.
         save_every: how often.
         progress: show a progress bar on standard error; default: when it is a terminal.
@@ -83,31 +85,32 @@ def calibrate(
     Raises:
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
             calibrated on; budget and thresholds; template and local_block; a state is of another model, template or
-            rankings; an unknown `impl`.
+            rankings, or another run writes it; an unknown `impl`.
         NotImplementedError, ImportError: see `sparse_prefill`.
         OSError: the state cannot be written.
     """
     limit = budget_of(budget, thresholds)
     check_local_block(template, local_block)
     rankings, split = rankings_for(limit), None if limit is None else _split(held_out)
-    collector = Collector(
-        tqdm(prompts, desc="calibrating", unit="prompt", disable=None if progress is None else not progress),
-        _arrays,
-        params.fingerprint,
-        rankings=rankings,
-        state=state,
-        merge=merge,
-        save_every=save_every,
-        split=split,
-    )
-    sinks = template or collector.learn(lambda prompt: measure_sinks(params, prompt, impl=impl), local_block)
-    statistics = collector.collect(lambda prompt: measure(params, prompt, sinks, impl, rankings), sinks)
-    profile = make_profile(statistics, thresholds or Thresholds(), sinks, params.fingerprint, dataset, PACKAGES)
-    if limit is None or split is None:
-        return profile
-    held = HeldOut(params, profile, split.prompts, impl)
-    made_from = make_provenance(dataset, statistics, PACKAGES, held.n_tokens)
-    return tune(replace(profile, provenance=made_from), limit, held, held_out=dataset_hash(held.prompts))
+    with one_writer(state):
+        collector = Collector(
+            tqdm(prompts, desc="calibrating", unit="prompt", disable=None if progress is None else not progress),
+            _arrays,
+            params.fingerprint,
+            rankings=rankings,
+            state=state,
+            merge=merge,
+            save_every=save_every,
+            split=split,
+        )
+        sinks = template or collector.learn(lambda prompt: measure_sinks(params, prompt, impl=impl), local_block)
+        statistics = collector.collect(lambda prompt: measure(params, prompt, sinks, impl, rankings), sinks)
+        profile = make_profile(statistics, thresholds or Thresholds(), sinks, params.fingerprint, dataset, PACKAGES)
+        if limit is None or split is None:
+            return profile
+        held = HeldOut(params, profile, split.prompts, impl)
+        made_from = make_provenance(dataset, statistics, PACKAGES, held.n_tokens)
+        return tune(replace(profile, provenance=made_from), limit, held, held_out=dataset_hash(held.prompts))
 
 
 def _split(held_out: float | Iterable[Mapping[str, Any]]) -> Split[Mapping[str, Any]]:

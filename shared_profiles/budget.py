@@ -151,7 +151,7 @@ def retune(profile: Profile, budget: float) -> Profile:
 
 
 def retune_by_thresholds(profile: Profile, thresholds: Thresholds) -> Profile:
-    """The profile with the categories that thresholds on retained mass give; its curve stays, with what it was measured on.
+    """The profile with the categories that thresholds on retained mass give; its curve stays, and says what it is of.
 
     Raises:
         ValueError: it has no statistics, or not the quantile.

@@ -3,6 +3,7 @@
     calib.npz          the state: written by a run of one process as it goes, by a run of several at its end
     calib.rank0.npz    what each process of a run of several has so far; gone once calib.npz has all of it
     calib.rank1.npz
+    calib.npz.lock     held by the run that writes these; gone when it ends, or left there by one that was killed
     other.npz          states of other machines, to be merged; only ever read
 
 A run begins with the union of all it finds, whatever number of processes wrote it. Prompts are known by their content,
@@ -12,11 +13,15 @@ so none is counted twice, and a file that is read again after it was merged chan
 from __future__ import annotations
 
 import glob
+import os
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from shared_profiles.processes import Processes
+from shared_profiles._lock import try_lock
+from shared_profiles.processes import ALONE, Processes
 from shared_profiles.profile_parts import Fingerprint
 from shared_profiles.statistics import Statistics
 from shared_profiles.template import SinkTemplate
@@ -39,6 +44,38 @@ def read_origin(origin: str) -> tuple[str, SinkTemplate]:
         raise ValueError(f"the origin must be a model's digest and a sink template. Got {origin!r}.")
     from_start, from_end = (tuple(int(x) for x in re.findall(r"\d+", text)) for text in found.group(2, 3))
     return found[1], SinkTemplate(from_start, from_end, int(found[4]))
+
+
+@contextmanager
+def one_writer(state: str | Path | None, processes: Processes = ALONE) -> Iterator[None]:
+    """In this context no other run writes the state: what two of them measured, the later one would overwrite.
+
+    The first process holds the lock for all of its run. Without effect on Windows, which has no such lock.
+
+    Args:
+        state: the state; None keeps nothing.
+        processes: those of this run.
+
+    Raises:
+        ValueError: another run writes it.
+        OSError: its folder is missing or cannot be written.
+    """
+    if state is None or processes.rank > 0 or sys.platform == "win32":
+        yield
+        return
+    path = Path(state).resolve()
+    path = path.with_name(f"{path.name}.lock")
+    with open(path, "ab") as file:
+        # A run that ends removes the file: who had opened it before holds a lock that nobody else can see.
+        if not try_lock(file) or not path.exists() or not os.path.samefile(file.fileno(), path):
+            raise ValueError(
+                f"a state must have one writer. Another run writes {state}. Wait for it, or name another state and "
+                "merge the two."
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class StateFiles:

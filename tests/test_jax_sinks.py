@@ -16,6 +16,7 @@ from jax_blindsight.sinks import _KEYS, _look, measure_sinks
 from shared_profiles import Category, sink_statistics
 from shared_profiles.classifier import Thresholds
 from shared_profiles.sink_statistics import SinkMass, SinkRows
+from shared_profiles.state_files import one_writer
 from sinks_by_hand import REACH, by_hand, lse, stacked
 from strategies import layouts
 from tiny_jax import in_numpy, twin
@@ -75,5 +76,7 @@ def test_both_backends_learn_the_same_template(tmp_path, monkeypatch):
         mine, other = (np.array(x.choice["sinks"][end], dtype=float) for x in (ours, theirs))
         np.testing.assert_allclose(mine, other, atol=5e-6)
     monkeypatch.setattr("jax_blindsight.calibration.measure_sinks", lambda *_, **__: pytest.fail("is in the state"))
+    with one_writer(state), pytest.raises(ValueError, match="a state must have one writer"):
+        jax_blindsight.calibrate(model.params, arrays, state=state, **options)
     again = jax_blindsight.calibrate(model.params, arrays, state=state, **options)
     assert (again.template, again.choice) == (ours.template, ours.choice)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 
 from profile_strategies import fingerprint
-from shared_profiles import SinkTemplate
+from shared_profiles import SinkTemplate, state_files
 from shared_profiles.budget import retune_by_thresholds
 from shared_profiles.classifier import Thresholds
 from shared_profiles.collection import Collector, check_local_block
@@ -17,7 +21,7 @@ from shared_profiles.processes import ALONE, Processes
 from shared_profiles.provenance import make_profile
 from shared_profiles.sink_statistics import LEARN_FROM, SinkMass, learn_template
 from shared_profiles.split import Split
-from shared_profiles.state_files import origin_of, read_origin
+from shared_profiles.state_files import one_writer, origin_of, read_origin
 from shared_profiles.statistics import PromptStatistics, Statistics
 
 PAIRS = np.outer([10, 3, 4, 5], [1, 1])
@@ -228,6 +232,56 @@ def test_sinks_merge_like_records(tmp_path):
         a.add_sinks("p", look(3))
     with pytest.raises(ValueError, match=r"prompt r: sinks must have shape \(2, 3, 17\). Got \(2, 3, 5\)"):
         a.add_sinks("r", SinkMass(*(np.ones(s) for s in ((2, 3), (2, 3), (2, 3, 5), (2, 5)))))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+def test_a_state_has_one_writer(tmp_path):
+    state, link, others = tmp_path / "state.npz", tmp_path / "link.npz", Processes()
+    link.symlink_to(state)
+    others.rank, others.n = 1, 2
+    with one_writer(state), one_writer(tmp_path / "another.npz"), one_writer(None), one_writer(state, others):
+        for same in (state, str(state), link):
+            with (
+                pytest.raises(ValueError, match=r"one writer\. Another run writes .*\.npz"),
+                one_writer(same),
+            ):
+                pass
+    with pytest.raises(Killed), one_writer(state):
+        raise Killed
+    assert [path.name for path in tmp_path.iterdir()] == ["link.npz"], "no lock is left"
+
+    program = (
+        "import sys; from shared_profiles.state_files import one_writer\n"
+        "with one_writer(sys.argv[1]): print('locked', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(state)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as run:
+        assert run.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="must have one writer"), one_writer(state):
+            pass
+        run.send_signal(signal.SIGKILL)
+    assert (tmp_path / "state.npz.lock").exists()
+    with one_writer(state):
+        pass
+    assert not (tmp_path / "state.npz.lock").exists(), "a killed run does not hold it, and the next one cleans up"
+
+
+def test_a_lock_that_its_owner_has_just_removed_is_none(tmp_path, monkeypatch):
+    state = tmp_path / "state.npz"
+    before = state_files.try_lock
+
+    def after_the_owner_ended(file):
+        (tmp_path / "state.npz.lock").unlink()
+        return before(file)
+
+    monkeypatch.setattr(state_files, "try_lock", after_the_owner_ended)
+    with pytest.raises(ValueError, match="must have one writer"), one_writer(state):
+        pass
 
 
 def test_a_width_is_refused_beside_a_template():

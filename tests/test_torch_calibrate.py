@@ -12,6 +12,7 @@ from transformers.masking_utils import sdpa_mask
 from shared_profiles import SPARSE, Category, Layout, SinkTemplate, category_mask
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.sink_statistics import SinkMass, learn_template
+from shared_profiles.state_files import one_writer
 from shared_profiles.statistics import Statistics
 from tiny_models import (
     IMAGE_TOKENS,
@@ -201,6 +202,8 @@ def test_a_state_that_does_not_fit_is_refused(model, tmp_path):
         calibrate(model, prompts, state=state, **QUIET | dict(template=SinkTemplate()))
     with pytest.raises(ValueError, match=r"state.npz must have been measured with this model: sha256:"):
         calibrate(make_model("qwen2_vl", seed=1), prompts, state=state, **QUIET)
+    with one_writer(state), pytest.raises(ValueError, match=r"one writer\. Another run writes .*state\.npz\."):
+        calibrate(model, prompts, state=state, **QUIET)
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"state.npz must be a whole file written by Statistics.save"):
         calibrate(model, prompts, state=state, **QUIET)

@@ -25,6 +25,7 @@ from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, make_profile, make_provenance, prompt_digest
 from shared_profiles.sink_statistics import REACH, SinkMass
 from shared_profiles.split import HELD_OUT, Given, Split
+from shared_profiles.state_files import one_writer
 from shared_profiles.statistics import PromptStatistics
 from torch_blindsight.gradient import GradientMode, measure_with_gradient
 from torch_blindsight.held_out import HeldOut
@@ -79,8 +80,8 @@ def calibrate(
         held_out: the share of prompts that a budget is measured on, chosen by their content; or these prompts. They
             stay in memory until the end.
         local_block: width of the local blocks of a template that is not given, a multiple of 8. Default: 128.
-        state: file in which the statistics are kept, written every `save_every` prompts and on interruption; see
-            `shared_profiles.state_files` for what several processes write.
+        state: file in which the statistics are kept, written every `save_every` prompts and on interruption, by one
+            run at a time; see `shared_profiles.state_files` for what several processes write.
         merge: further such files, whose statistics count, too; of the same model, template and rankings.
         save_every: how often.
         progress: show a progress bar on standard error; default: when it is a terminal.
@@ -93,8 +94,8 @@ def calibrate(
     Raises:
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
             calibrated on; tokens and model are on different devices; the model is patched; budget and thresholds;
-            template and local_block; a state is of another model, template or rankings; the processes of a group were
-            given different prompts.
+            template and local_block; a state is of another model, template or rankings, or another run writes it; the
+            processes of a group were given different prompts.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
         OSError: the state cannot be written.
     """
@@ -111,7 +112,7 @@ def calibrate(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with joined_processes() as processes:
+        with joined_processes() as processes, one_writer(state, processes):
             hidden = processes.rank > 0 or (None if progress is None else not progress)
             collector = Collector(
                 tqdm(prompts, desc="calibrating", unit="prompt", disable=hidden),

@@ -9,7 +9,6 @@ processes never write one file. A last line that was cut by a kill is dropped.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from blindsight_cli.report.codec import Record
+from shared_profiles._lock import try_lock
 
 FORMAT, VERSION = "blindsight-eval-samples", 1
 
@@ -108,13 +108,11 @@ class SampleFile:
         self.samples[sample.line] = sample
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(self._file):
             raise ValueError(
                 f"a per-sample file must have one writer. Another process writes {self.path}. Wait for it, or name "
                 "another --out."
-            ) from error
+            )
 
     def _read(self) -> dict[int, Sample]:
         """The items already done, by line; a new file gets its first line."""
