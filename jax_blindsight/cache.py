@@ -53,6 +53,11 @@ class Cache:
         """B, rows."""
         return self.keys[0].shape[0]
 
+    @property
+    def valid(self) -> np.ndarray:
+        """`[B, length]` bool, False for padding."""
+        return np.arange(self.length) >= self.prefilled.start[:, None]
+
     def tokens(self, special: SpecialTokens) -> Tokens:
         """All tokens in the cache, those of decode steps included."""
         if not self.written:

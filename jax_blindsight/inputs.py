@@ -35,24 +35,25 @@ class Prompt:
     pictures: dict[str, np.ndarray]
 
 
-def read_inputs(config: ModelConfig, inputs: Mapping[str, Any], *, past: int = 0) -> Prompt:
+def read_inputs(config: ModelConfig, inputs: Mapping[str, Any], *, past: np.ndarray | None = None) -> Prompt:
     """Checks what a processor returned against itself and the model.
 
     Args:
         config: the model.
         inputs: NumPy arrays by name, as a Hugging Face processor returns with `return_tensors="np"`: `input_ids`
-            `[B, N]`, `attention_mask` `[B, N]` (or `[B, past + N]`), `pixel_values`, `image_grid_thw`,
+            `[B, N]`, `attention_mask` `[B, N]` (or `[B, P + N]`), `pixel_values`, `image_grid_thw`,
             `pixel_values_videos`, `video_grid_thw`, `second_per_grid_ts`, `mm_token_type_ids`, `token_type_ids`.
-        past: tokens in the cache.
+        past: `[B, P]` bool, which slots of a filled cache hold tokens, not padding.
 
     Raises:
         ValueError: an array is missing, unknown, or of a wrong shape or dtype; ids, grids and pictures do not match; or
-            padding has another place than a row's ends.
+            padding has another place than a row's ends, or, in the cache, than it has there.
     """
     arrays = _arrays(inputs)
     ids = _ids(arrays, config.text.vocab_size)
+    past = np.ones((len(ids), 0), dtype=bool) if past is None else past
     given = _mask(arrays, ids, past)
-    _check_types(config, arrays, ids, given, past)
+    _check_types(config, arrays, ids, given, past.shape[1])
     stop = ids.shape[1] - np.argmax(given[:, ::-1], axis=1)  # one past each row's last token
     shift = ids.shape[1] - stop
     columns = np.arange(ids.shape[1]) - shift[:, None]
@@ -91,16 +92,22 @@ def _ids(arrays: dict[str, np.ndarray], vocabulary: int) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def _mask(arrays: dict[str, np.ndarray], ids: np.ndarray, past: int) -> np.ndarray:
+def _mask(arrays: dict[str, np.ndarray], ids: np.ndarray, past: np.ndarray) -> np.ndarray:
     """The new tokens' columns of the attention mask, `[B, N]` bool."""
     mask = arrays.get("attention_mask")
     if mask is None:
         return np.ones(ids.shape, dtype=bool)
     n_rows, n = ids.shape
-    if mask.shape not in ((n_rows, n), (n_rows, past + n)) or mask.dtype.kind not in "iub":
+    n_past = past.shape[1]
+    if mask.shape not in ((n_rows, n), (n_rows, n_past + n)) or mask.dtype.kind not in "iub":
         raise ValueError(
             f"attention_mask must be integers of shape {(n_rows, n)} like input_ids"
-            f"{f', or {(n_rows, past + n)} with the cache' if past else ''}. Got {mask.dtype} {mask.shape}."
+            f"{f', or {(n_rows, n_past + n)} with the cache' if n_past else ''}. Got {mask.dtype} {mask.shape}."
+        )
+    if mask.shape[1] > n and not np.array_equal(mask[:, :-n] != 0, past):
+        raise ValueError(
+            f"attention_mask must be 1 at the tokens in the cache and 0 at its padding, on the left of {n_past} slots. "
+            "Got other values. What is cached cannot be masked later: pass the new tokens' columns alone."
         )
     given = mask[:, -n:] != 0
     count = given.sum(axis=1)

@@ -106,7 +106,7 @@ def sparse_prefill(
     """
     config, mesh = params.config, params.mesh
     chosen = implementation_for(params, impl)
-    prompt = read_inputs(config, inputs, past=0 if cache is None else cache.length)
+    prompt = read_inputs(config, inputs, past=None if cache is None else cache.valid)
     n = prompt.given.shape[1]
     if cache is None:
         tokens, q_start = prompt.tokens, 0

@@ -118,8 +118,10 @@ def test_the_ids_alone_do(monkeypatch):
     np.testing.assert_array_equal(full.tokens.ids, bare.tokens.ids)
     assert full.tokens.start.tolist() == [0, 2] and not full.tokens.ids[1, :2].any()
     np.testing.assert_array_equal(full.tokens.ids[1, 2:], inputs["input_ids"][1, :-2])
-    with_past = inputs | {"attention_mask": np.c_[np.zeros((2, 7), int), inputs["attention_mask"]]}
-    np.testing.assert_array_equal(read_inputs(config, with_past, past=7).given, full.given)
+    past = np.arange(7) >= np.array([[2], [0]])
+    with_past = inputs | {"attention_mask": np.c_[past, inputs["attention_mask"]]}
+    np.testing.assert_array_equal(read_inputs(config, with_past, past=past).given, full.given)
+    np.testing.assert_array_equal(read_inputs(config, inputs, past=past).given, full.given)
 
 
 def test_a_profile_is_needed_and_must_fit():
@@ -151,6 +153,9 @@ def test_what_does_not_fit_into_the_cache(cache):
         sparse_prefill(params, text, cache=cache)
     with pytest.raises(ValueError, match=r"as many rows as the cache has, 1. Got 2"):
         sparse_prefill(params, {"input_ids": np.full((2, 3), 9)}, cache=cache)
+    hidden = {"input_ids": np.full((1, 3), 9), "attention_mask": np.array([[0] * 10 + [1] * 39])}
+    with pytest.raises(ValueError, match=r"attention_mask must be 1 at the tokens in the cache.* of 46 slots"):
+        sparse_prefill(params, hidden, cache=cache)
     padded = {"input_ids": np.full((1, 3), 9), "attention_mask": np.array([[1, 1, 0]])}
     with pytest.raises(ValueError, match=r"no padding.*Got \[1\]"):
         sparse_prefill(params, padded, cache=cache)
