@@ -166,6 +166,20 @@ def test_a_killed_run_goes_on(items: Path, profile: Path, tmp_path: Path, monkey
     assert file.read_bytes() == before
 
 
+def test_a_picture_that_was_replaced_makes_another_run(profile: Path, tmp_path: Path) -> None:
+    """One of the same name and size: what was answered about the old one is not taken for it."""
+    items = save_items(tmp_path, PUZZLES[:1])
+    first, second = (tmp_path / f"0-{i}.png" for i in range(2))
+    for path in (first, second):
+        path.write_bytes(path.read_bytes().ljust(1 << 16, b"\0"))
+    command = ("eval", SHIPPED_MODEL, items, "--profile", profile, "--out", tmp_path / "r.json", "--timed", 0)
+    assert blindsight(*command).exit_code == 0
+    first.write_bytes(second.read_bytes())
+    (tmp_path / "r.json").unlink()
+    result = blindsight(*command)
+    assert result.exit_code == 2 and "it is of another: items: there" in " ".join(result.stderr.lower().split())
+
+
 def test_in_words(items: Path, profile: Path, tmp_path: Path) -> None:
     result = blindsight(
         *("eval", SHIPPED_MODEL, items, "--profile", profile, "--out", tmp_path / "r.json", "--limit", 3, "--letters")

@@ -132,12 +132,13 @@ def _identity(
     dtype: str,
 ) -> dict[str, Any]:
     """What samples of one run have in common, as JSON values."""
+    pictures = {image: _sha256(image.read_bytes()) for image in {x for item in items for x in item.prompt.images}}
     asked = [
         [
             item.prompt.line,
             item.question(asking.letters),
             item.expected,
-            [[os.path.relpath(image, data.parent), image.stat().st_size] for image in item.prompt.images],
+            [[os.path.relpath(image, data.parent), pictures[image]] for image in item.prompt.images],
         ]
         for item in items
     ]
