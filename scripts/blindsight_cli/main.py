@@ -18,7 +18,6 @@ except ModuleNotFoundError:  # a plain `pip install blindsight` brings this comm
 
 from blindsight_cli.errors import guarded
 from blindsight_cli.options import (
-    DEFAULT_BUDGET,
     AlphaFirst,
     AlphaLast,
     Backend,
@@ -136,8 +135,12 @@ def calibrate(
     budget: BudgetOption = None,
     ranking: RankingOption = None,
     held_out: Annotated[
-        float, typer.Option(help="Share of the prompts that the budget is measured on; the others are calibrated on.")
-    ] = 0.25,
+        float | None,
+        typer.Option(
+            help="Share of the prompts that the budget is measured on; the others are calibrated on.",
+            show_default="0.25",
+        ),
+    ] = None,
     thresholds: ThresholdsOption = False,
     gamma_sink: GammaSink = None,
     gamma_intra: GammaIntra = None,
@@ -150,7 +153,7 @@ def calibrate(
         typer.Option(
             metavar="START:END",
             help="Sinks, as offsets from an image's start and back from its end, delimiters included, like 0,1:1,2.",
-            show_default="those of --state, else learned; in JAX 0,1:1,2",
+            show_default="those of --state, else learned",
         ),
     ] = None,
     local_block: Annotated[
@@ -164,11 +167,12 @@ def calibrate(
     """Measure a checkpoint on your prompts and write its profile."""
     from blindsight_cli.commands.calibrate import run_calibrate
     from shared_profiles.budget import Budget
+    from shared_profiles.split import HELD_OUT
 
     gammas = typed_thresholds(thresholds, gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile)
     if gammas is not None and (budget is not None or ranking is not None):
         raise typer.BadParameter("choose by --budget or by thresholds: leave out the others.")
-    found_by = gammas or Budget(DEFAULT_BUDGET if budget is None else budget, ranking or Budget.ranking)
+    found_by = gammas or Budget(Budget.kl if budget is None else budget, ranking or Budget.ranking)
     return run_calibrate(
         checkpoint=checkpoint,
         data=data,
@@ -177,7 +181,7 @@ def calibrate(
         merge=merge or [],
         limit=limit,
         how=found_by,
-        held_out=held_out,
+        held_out=HELD_OUT if held_out is None else held_out,
         sinks=sinks,
         local_block=local_block,
         backend=backend,

@@ -22,8 +22,6 @@ Dtype = Annotated[
 ]
 Backend = Annotated[Literal["torch", "jax"], typer.Option(help="The framework that runs the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one")]
-DEFAULT_BUDGET = 0.01
-
 BudgetOption = Annotated[
     float | None,
     typer.Option(

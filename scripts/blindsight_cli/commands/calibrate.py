@@ -66,7 +66,7 @@ def run_calibrate(
         limit: how many prompts to take.
         how: a budget or thresholds, by which categories are chosen.
         held_out: share of the prompts that a budget is measured on.
-        sinks: offsets of the sinks, as typed; default: learned, where the backend can.
+        sinks: offsets of the sinks, as typed; default: those of the states, else learned.
         local_block: width of local blocks; default: 128.
         backend, dtype, device: how the model is loaded.
         as_json: print a JSON document instead of a table.
