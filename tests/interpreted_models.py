@@ -35,15 +35,11 @@ def dense_heads(by_vendor: bool):
     """Sends dense heads to the vendor's kernel, or to ours, whatever the prompt's length."""
     from torch_blindsight import mixed
 
-    names = ("VENDOR_KEYS", "VENDOR_KEYS_BIDIRECTIONAL")
-    before = [getattr(mixed, name) for name in names]
-    for name in names:
-        setattr(mixed, name, 0 if by_vendor else 1 << 30)
+    before, mixed.VENDOR_ROWS = mixed.VENDOR_ROWS, 0 if by_vendor else 1 << 30
     try:
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(mixed, name, value)
+        mixed.VENDOR_ROWS = before
 
 
 def attend_mixed(by_vendor: bool, q: np.ndarray, k: np.ndarray, v: np.ndarray, *args, **kwargs) -> tuple:

@@ -70,8 +70,11 @@ def test_every_part_is_dry_run():
 
 @with_torch
 def test_attention_is_compared_with_peers_that_compute_the_same(dry_run):
-    rows = [row for row in load(dry_run("torch"), "attention")["rows"] if "profile" in row]
+    all_rows = load(dry_run("torch"), "attention")["rows"]
+    rows = [row for row in all_rows if "profile" in row]
     assert len(rows) == 3
+    (vendor,) = (row for row in all_rows if "vendor_ms" in row)
+    assert vendor["first_ms"] > 0
     for row in rows:
         assert row["flex_differs_by"] < 1e-5
         assert row["varlen_note"]

@@ -153,7 +153,8 @@ def test_two_plots_are_drawn_and_shown_where_there_are_results(tmp_path):
 
 
 def test_tables_name_machine_denominator_and_misses(tmp_path):
-    document = result("attention", [ATTENTION, {"case": "b", "failure": "RuntimeError: x"}], left_out=["c"])
+    vendor = dict(case="v", shape="Qwen", tokens=36864, vendor_ms=9.5, first_ms=120.0)
+    document = result("attention", [ATTENTION, vendor, {"case": "b", "failure": "RuntimeError: x"}], left_out=["c"])
     (tmp_path / "gpu-attention.json").write_text(json.dumps(document))
     text = tables.render(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter", tmp_path)
     assert text.startswith(f"before\n{tables.BEGIN}\nMeasured on one NVIDIA H200 (driver 580.1")
@@ -161,6 +162,7 @@ def test_tables_name_machine_denominator_and_misses(tmp_path):
     row = "| Qwen 28/4, d=128, 36,864: all Sink | 2.00 | 10.00 | 5.00x | 1.50 | – out of GPU memory | 3.00 | 400 |"
     assert row in text
     assert "cuDNN SDPA, causal, the same tokens" in text
+    assert "by the vendor's kernel (ms; warm, first): Qwen 36,864: 9.50, 120.00." in text
     assert "- b: RuntimeError: x" in text
     assert "- c: left out for want of time" in text
 

@@ -13,10 +13,18 @@ from blindsight_kernels.reference import reference_attention
 from shared_profiles import Category, Layout, SinkTemplate
 from strategies import chunks, layouts
 from torch_blindsight import vendor
-from torch_blindsight.heads import pick
 from torch_blindsight.vendor import vendor_attention, vendor_serves
 
 EXACT = dict(rtol=0, atol=1e-12)
+
+
+def attend(q, k, v, rows, heads=None, **kwargs):
+    """`vendor_attention` of all heads, or some, written over zeros and -inf: `[B, T, H, D]` and `[B, H, T]`."""
+    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    precise = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=precise, device=q.device)
+    vendor_attention(out, lse, q, k, v, rows, range(q.shape[1]) if heads is None else heads, **kwargs)
+    return out, lse
 
 
 def definition(q, k, v, rows, scale, q_start):
@@ -42,11 +50,12 @@ def test_equals_the_definition(data, head_counts, image_tokens, seed):
     k[:, :, q_stop:] = torch.nan
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vendor, "_IMAGE_TOKENS", image_tokens)
-        out, lse = vendor_attention(q, k, v, rows, scale=0.3, q_start=q_start)
+        vendor._images.cache_clear()
+        out, lse = attend(q, k, v, rows, scale=0.3, q_start=q_start)
+    vendor._images.cache_clear()
     want, want_lse = definition(q, k[:, :, :q_stop], v[:, :, :q_stop], rows, 0.3, q_start)
     np.testing.assert_allclose(out.numpy(), want, **EXACT)
     np.testing.assert_allclose(lse.numpy(), want_lse, **EXACT)
-    assert out.is_contiguous()
 
 
 def test_rows_of_a_batch_with_other_padding():
@@ -57,7 +66,7 @@ def test_rows_of_a_batch_with_other_padding():
     ]
     for q_start in (0, 30, 45):
         q, k, v = draw_inputs(0, 3, 4, 2, 70 - q_start, 70, 16, torch.float64)
-        out, lse = vendor_attention(q, k, v, rows, scale=0.3, q_start=q_start)
+        out, lse = attend(q, k, v, rows, scale=0.3, q_start=q_start)
         want, want_lse = definition(q, k, v, rows, 0.3, q_start)
         np.testing.assert_allclose(out.numpy(), want, **EXACT)
         np.testing.assert_allclose(lse.numpy(), want_lse, **EXACT)
@@ -79,16 +88,19 @@ def test_error_within_twice_that_of_plain_attention(device, dtype, q_start, dim)
     """Merging in parts may not cost precision; heads that are no neighbours, lengths that are no multiples."""
     layout = Layout(515, 0, 515, np.array([(4, 5, 68, 69), (70, 71, 282, 283), (283, 284, 496, 497)]), True)
     q, k, v = draw_inputs(0, 1, 6, 2, 515 - q_start, 515, dim, dtype)
-    heads = np.array([0, 2, 3, 5])
-    on = (pick(q.to(device), heads), k.to(device), v.to(device))
+    heads = [0, 2, 3, 5]
+    on = (q.to(device), k.to(device), v.to(device))
     assert vendor_serves(*on)
-    out, lse = (x.cpu() for x in vendor_attention(*on, [layout], scale=dim**-0.5, q_start=q_start))
-    exact, exact_lse = definition(q[:, heads], k, v, [layout], dim**-0.5, q_start)
+    out, lse = (x.cpu() for x in attend(*on, [layout], heads, scale=dim**-0.5, q_start=q_start))
+    assert not out[:, :, [1, 4]].any(), "other heads must be left as they are"
+    out, lse = out[:, :, heads], lse[:, heads]
+    exact, exact_lse = definition(q, k, v, [layout], dim**-0.5, q_start)
+    exact, exact_lse = exact[:, :, heads], exact_lse[:, heads]
     rows, keys = np.arange(q_start, 515)[:, None], np.arange(515)
     shown = keys <= rows
     for _, first, last, _ in layout.images:
         shown |= (rows >= first) & (rows < last) & (keys >= first) & (keys < last)
-    k_h, v_h = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    k_h, v_h = (x.repeat_interleave(3, dim=1)[:, heads] for x in (k, v))
     scores = (q[:, heads] @ k_h.transpose(2, 3) * dim**-0.5).masked_fill(~torch.from_numpy(shown), -torch.inf)
     plain = (scores.softmax(-1) @ v_h).transpose(1, 2)
     error = np.abs(out.double().numpy() - exact).max()
@@ -96,31 +108,79 @@ def test_error_within_twice_that_of_plain_attention(device, dtype, q_start, dim)
     np.testing.assert_allclose(lse.numpy(), exact_lse, rtol=0, atol=1e-4)
 
 
-def test_the_order_of_preference_on_a_gpu(monkeypatch):
-    """cuDNN where it can and is new enough, else FlashAttention; nothing where neither can."""
-    calls = []
-    out, lse = torch.zeros(1, 4, 9, 16), torch.zeros(1, 4, 9, 1)
+def test_dense_heads_go_to_the_vendor_where_the_rows_are_many():
+    """A short chunk on a long past stays with our kernel: every new length of the past would be another plan."""
+    from torch_blindsight.mixed import VENDOR_ROWS, _vendor_is_faster
 
-    class Recorded:
-        def __getattr__(self, name):
-            return lambda *args, **kwargs: calls.append(name) or (out, lse if "cudnn" in name else lse[..., 0])
+    def go(n_tokens: int, q_start: int = 0, start: int = 0, window: int | None = None) -> bool:
+        layouts = [Layout(n_tokens, start, n_tokens, np.zeros((0, 4))), Layout(n_tokens, 0, 0, np.zeros((0, 4)))]
+        return _vendor_is_faster(*[torch.empty(2, 1, 1, 16)] * 3, layouts, window, q_start)
+
+    assert go(VENDOR_ROWS)
+    assert go(2 * VENDOR_ROWS, q_start=VENDOR_ROWS)
+    assert go(VENDOR_ROWS, window=VENDOR_ROWS)
+    assert not go(VENDOR_ROWS - 1)
+    assert not go(VENDOR_ROWS, start=1)
+    assert not go(2 * VENDOR_ROWS, q_start=VENDOR_ROWS + 1)
+    assert not go(VENDOR_ROWS, window=VENDOR_ROWS - 1)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Kernels of a GPU that only note their calls: `recorded.can` says which of them take anything at all."""
 
     class OnGpu(torch.Tensor):
         device = torch.device("cuda")
 
-    q, k, v = (x.as_subclass(OnGpu) for x in draw_inputs(0, 1, 4, 2, 9, 9, 16, torch.float32))
-    can = {"cudnn": True, "flash": True}
-    monkeypatch.setattr(vendor.torch.ops, "aten", Recorded())
+    class Recorded:
+        calls: list = []  # noqa: RUF012
+        can = {"cudnn": True, "flash": True}  # noqa: RUF012
+
+        def __getattr__(self, name):
+            def call(q, k, v, *args, **kwargs):
+                kind = name.split("_")[-2]
+                self.calls.append((kind, q, k))
+                lse = torch.zeros(*q.shape[:3], *[1] * (kind == "cudnn"))
+                return torch.zeros(q.shape), lse
+
+            return call
+
+        def inputs(self, *args):
+            return [x.as_subclass(OnGpu) for x in draw_inputs(0, *args, torch.float32)]
+
+    recorded = Recorded()
+    monkeypatch.setattr(vendor.torch.ops, "aten", recorded)
     monkeypatch.setattr(vendor, "SDPAParams", lambda *args: args)
-    monkeypatch.setattr(vendor, "can_use_cudnn_attention", lambda params: can["cudnn"])
-    monkeypatch.setattr(vendor, "can_use_flash_attention", lambda params: can["flash"])
+    monkeypatch.setattr(vendor, "can_use_cudnn_attention", lambda params: recorded.can["cudnn"])
+    monkeypatch.setattr(vendor, "can_use_flash_attention", lambda params: recorded.can["flash"])
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    return recorded
+
+
+def test_the_order_of_preference_on_a_gpu(recorded, monkeypatch):
+    """cuDNN where it can and is new enough, else FlashAttention; nothing where neither can."""
+    q, k, v = recorded.inputs(1, 1, 1, 9, 9, 16)
     for cudnn, version, called in ((True, 91900, "cudnn"), (False, 91900, "flash"), (True, 91500, "flash")):
-        can["cudnn"] = cudnn
+        recorded.can["cudnn"] = cudnn
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
-        _, got = vendor._fused(q, k, v, 0.25, causal=True)
-        assert calls.pop() == f"_scaled_dot_product_{called}_attention"
-        assert got.shape == (1, 4, 9)
+        _, got = vendor._planned(q, k, v, 0.25, causal=True)
+        assert recorded.calls.pop()[0] == called
+        assert got.shape == (1, 1, 9)
         assert vendor_serves(q, k, v)
-    can["flash"] = False
+    recorded.can["flash"] = False
     assert not vendor_serves(q, k, v)
+
+
+def test_one_plan_serves_all_layers_and_no_key_is_copied(recorded, monkeypatch):
+    """Whatever heads of a layer are dense, cuDNN sees one shape and reads in place; the triangles see flash only."""
+    monkeypatch.setattr(vendor, "_images", lambda *args: (torch.arange(9).flip(0)[None],))
+    layout = Layout(24, 0, 24, np.array([(0, 0, 9, 9), (12, 12, 21, 21)]), True)
+    q, k, v = recorded.inputs(1, 4, 2, 24, 24, 16)
+    for heads in ([0], [0, 1, 3], [2]):
+        vendor_attention(torch.zeros(1, 24, 4, 16), torch.zeros(1, 4, 24), q, k, v, [layout], heads, scale=0.25)
+    planned = [(x, y) for kind, x, y in recorded.calls if kind == "cudnn"]
+    assert len(planned) == 5
+    assert len({(x.shape, x.stride(), y.shape, y.stride()) for x, y in planned}) == 1
+    first = k.untyped_storage().data_ptr()
+    assert {y.untyped_storage().data_ptr() for _, y in planned} == {first}
+    assert {tuple(x.shape) for kind, x, _ in recorded.calls if kind == "flash"} == {(1, 1, 8, 16)}

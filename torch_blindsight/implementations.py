@@ -2,7 +2,7 @@
 
 | name | what it is | where |
 |---|---|---|
-| `triton` | the Triton kernel for sparse heads, the vendor's for dense ones | CUDA; CPU if TRITON_INTERPRET=1 |
+| `triton` | the Triton kernel; for dense heads of long prompts the vendor's | CUDA; CPU if TRITON_INTERPRET=1 |
 | `portable` | plain torch, differentiable | any device |
 | `reference` | the float64 definition in NumPy, slow | any device |
 """

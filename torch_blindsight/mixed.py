@@ -13,13 +13,12 @@ from torch import Tensor
 from blindsight_kernels.checks import check_categories, check_keys, check_layouts
 from blindsight_kernels.triton_prefill import check_inputs, triton_attention
 from shared_profiles import Category, Layout, SinkTemplate
-from torch_blindsight.heads import as_index, pick
 from torch_blindsight.vendor import vendor_attention, vendor_serves
 
-# Dense heads go to the vendor's kernel from this many keys on; below, one launch of ours for all heads saves more than
-# the vendor's better rate gives. Bidirectional images cost the vendor's kernel a second pass over their tokens and a
-# merge, which more keys outweigh. Both numbers are estimates: neither has been measured yet.
-VENDOR_KEYS, VENDOR_KEYS_BIDIRECTIONAL = 2048, 8192
+# Dense heads go to the vendor's kernel where a prefill has so many rows. An estimate, not measured yet: cuDNN is said
+# to take 55 to 440 ms for the plan of a new length, and at 36K rows its better rate would gain a few tens of ms in all
+# layers together. From here on one head fills the GPU, 512 tiles of rows for 132 processors.
+VENDOR_ROWS = 1 << 16
 
 
 def mixed_attention(
@@ -47,10 +46,8 @@ def mixed_attention(
     check_layouts(layouts, q.shape[0], q_start, q.shape[2])
     check_keys(k.shape[2], q_start + q.shape[2])
     check_categories(categories, q.shape[1])
-    dense = np.flatnonzero(np.asarray(categories) == Category.DENSE)
-    by_vendor = len(dense) > 0 and _vendor_is_faster(q, k, v, layouts, window)
-    if by_vendor and len(dense) == q.shape[1]:
-        return vendor_attention(q, k, v, layouts, scale=scale, q_start=q_start)
+    dense = np.flatnonzero(np.asarray(categories) == Category.DENSE).tolist()
+    by_vendor = len(dense) > 0 and _vendor_is_faster(q, k, v, layouts, window, q_start)
     out, lse = triton_attention(
         q,
         k,
@@ -64,24 +61,15 @@ def mixed_attention(
         skip_dense=by_vendor,
     )
     if by_vendor:
-        keys = _keys_of(k, v, dense, q.shape[1])
-        where = as_index(dense, q.device)
-        out[:, :, where], lse[:, where] = vendor_attention(pick(q, dense), *keys, layouts, scale=scale, q_start=q_start)
+        vendor_attention(out, lse, q, k, v, layouts, dense, scale=scale, q_start=q_start)
     return out, lse
 
 
-def _vendor_is_faster(q: Tensor, k: Tensor, v: Tensor, layouts: Sequence[Layout], window: int | None) -> bool:
-    """Which kernel computes dense heads: the vendor's, unless it cannot or the prompt is short."""
-    n_keys = max(layout.stop - layout.start for layout in layouts)
-    if window is not None and window < n_keys:
+def _vendor_is_faster(
+    q: Tensor, k: Tensor, v: Tensor, layouts: Sequence[Layout], window: int | None, q_start: int
+) -> bool:
+    """Which kernel computes dense heads: the vendor's, unless it cannot or the rows are few."""
+    if window is not None and window < max(layout.stop - layout.start for layout in layouts):
         return False
-    both_ways = any(layout.bidirectional for layout in layouts)
-    return n_keys >= (VENDOR_KEYS_BIDIRECTIONAL if both_ways else VENDOR_KEYS) and vendor_serves(q, k, v)
-
-
-def _keys_of(k: Tensor, v: Tensor, heads: np.ndarray, n_heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and values for some of the heads, grouped as before if all groups lost equally many, else one a head."""
-    kv = heads // (n_heads // k.shape[1])
-    groups, sizes = np.unique(kv, return_counts=True)
-    chosen = groups if (sizes == sizes[0]).all() else kv
-    return pick(k, chosen), pick(v, chosen)
+    n_rows = max(layout.stop - max(layout.start, q_start) for layout in layouts)
+    return n_rows >= VENDOR_ROWS and vendor_serves(q, k, v)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blindsight_gpu import peers
-from blindsight_gpu.measure import Place, free, seconds_per_call
+from blindsight_gpu.measure import Place, first_seconds, free, seconds_per_call
 from blindsight_gpu.prompts import TEMPLATE, Shape, lengths, make_inputs, make_layout, mixed, shapes
 from blindsight_gpu.results import Results, Row
 from blindsight_kernels.plans import build_plans
@@ -25,8 +25,10 @@ from blindsight_kernels.triton_prefill import choose, triton_attention
 from blindsight_kernels.triton_work import build_work, pack
 from shared_profiles import Category, Layout, count_pairs
 from torch_blindsight.mixed import mixed_attention
+from torch_blindsight.vendor import vendor_attention
 
 _NAMES = {Category.INTRA_IMAGE: "Intra-Image", Category.SINK: "Sink", Category.INTRA_IMAGE_SINK: "Intra-Image+Sink"}
+_BY_VENDOR = "all Dense, the vendor's kernel by the head"
 Inputs = list[tuple[Tensor, Tensor, Tensor]]
 
 
@@ -50,7 +52,7 @@ def _one_length(results: Results, place: Place, shape: Shape, length: str, n_tok
     layers = profiles(shape.heads)
     if place.dry_run:
         layers = dict(list(layers.items())[1::2])  # one of each kind
-    if all(results.get(case(name)) for name in ("plan", "dense", *layers)):
+    if all(results.get(case(name)) for name in ("plan", "dense", _BY_VENDOR, *layers)):
         return
     free(place)
     inputs: Inputs = [make_inputs(shape, n_tokens, place, seed) for seed in range(2)]
@@ -58,6 +60,7 @@ def _one_length(results: Results, place: Place, shape: Shape, length: str, n_tok
     dense = results.measure(case("dense"), partial(_dense_row, shape, layout, inputs, place))
     if dense is None:
         return
+    results.measure(case(_BY_VENDOR), partial(_vendor_row, shape, layout, inputs, place))
     for name, categories in layers.items():
         results.measure(case(name), partial(_sparse_row, name, categories, shape, layout, inputs, place, dense))
 
@@ -107,10 +110,29 @@ def _dense_row(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Ro
     """The denominator: causal attention of the same tokens by the vendor's kernel."""
     q, k, v = inputs[0]
     _, name = peers.causal_dense(q[:, :, :128], k[:, :, :128], v[:, :, :128], place)
+    first = first_seconds(lambda turn: peers.causal_dense(*inputs[turn], place), place)
     seconds = seconds_per_call(lambda turn: peers.causal_dense(*inputs[turn % 2], place), place)
     pairs = shape.heads * layout.n_tokens * (layout.n_tokens + 1) // 2
-    return {**_facts(shape, layout), "kernel": name, "dense_ms": 1e3 * seconds, "pairs": pairs, **_rate(
-        pairs, shape, seconds)}  # fmt: skip
+    return {
+        **_facts(shape, layout),
+        "kernel": name,
+        "dense_ms": 1e3 * seconds,
+        "first_ms": 1e3 * first,
+        "pairs": pairs,
+        **_rate(pairs, shape, seconds),
+    }
+
+
+def _vendor_row(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Row:
+    """All heads dense by the vendor's kernel, one at a time: the first call at this length, then warm."""
+    q = inputs[0][0]
+    out, lse = torch.empty_like(q.transpose(1, 2)), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    def attend(turn: int) -> None:
+        vendor_attention(out, lse, *inputs[turn % 2], [layout], range(shape.heads), scale=shape.dim**-0.5)
+
+    first, warm = first_seconds(attend, place), seconds_per_call(attend, place)
+    return {**_facts(shape, layout), "vendor_ms": 1e3 * warm, "first_ms": 1e3 * first}
 
 
 def _rate(pairs: int, shape: Shape, seconds: float) -> Row:

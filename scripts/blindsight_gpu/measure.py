@@ -59,6 +59,15 @@ def seconds_per_call(call: Callable[[int], object], place: Place, *, once: bool 
     return median(_timed(call, int(min(max(_BUDGET / estimate, _LEAST), _MOST))))
 
 
+def first_seconds(call: Callable[[int], object], place: Place) -> float:
+    """Seconds of `call(0)` by the host's clock until its kernels have ended, what a first call builds included."""
+    place.wait()
+    begun = time.perf_counter()
+    call(0)
+    place.wait()
+    return time.perf_counter() - begun
+
+
 def _timed(call: Callable[[int], object], n: int) -> list[float]:
     """Seconds of each of `n` calls, launched one after another without waiting, as the layers of a model are."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]

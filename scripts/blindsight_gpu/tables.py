@@ -13,10 +13,10 @@ BEGIN, END = "<!-- gpu-results:begin -->", "<!-- gpu-results:end -->"
 COMMAND = "PYTHONPATH=.:kernels:scripts python scripts/gpu_check.py --out docs/results"
 _NOT_YET = f"Not yet measured on a GPU; run `{COMMAND}` on one, then `python scripts/render_results.py`."
 _SHOWN = (
-    *("ours_ms", "pallas_ms", "triton_ms", "dense_ms", "flex_ms", "varlen_ms", "tokamax_ms", "speed_up"),
-    *("against_triton", "useful_tflops", "predicted_ms", "plan_ms", "work_ms", "pack_ms", "launch_ms", "dense_s"),
-    *("sparse_s", "attention_share", "seconds_per_image", "seconds", "compile_s", "peak_gib", "passed", "failed"),
-    "largest_error",
+    *("ours_ms", "pallas_ms", "triton_ms", "dense_ms", "vendor_ms", "first_ms", "flex_ms", "varlen_ms", "tokamax_ms"),
+    *("speed_up", "against_triton", "useful_tflops", "predicted_ms", "plan_ms", "work_ms", "pack_ms", "launch_ms"),
+    *("dense_s", "sparse_s", "attention_share", "seconds_per_image", "seconds", "compile_s", "peak_gib", "passed"),
+    *("failed", "largest_error"),
 )
 _PARTS = ("correctness", "bounds", "attention", "pallas", "model", "jax_model", "calibration", "sanitizer", "tune")
 
@@ -157,9 +157,16 @@ def _attention(rows: list[Row]) -> str:
         for row in rows
         if "pack_ms" in row
     ]
-    return (
-        f"{text}\n\nBeside the kernel (ms; plan + work list, packing + launch): {'; '.join(costs)}." if costs else text
-    )
+    if costs:
+        text += f"\n\nBeside the kernel (ms; plan + work list, packing + launch): {'; '.join(costs)}."
+    vendor = [
+        f"{row['shape']} {row['tokens']:,}: {row['vendor_ms']:.2f}, {row['first_ms']:.2f}"
+        for row in rows
+        if "vendor_ms" in row
+    ]
+    if vendor:
+        text += f"\n\nAll heads dense, one at a time, by the vendor's kernel (ms; warm, first): {'; '.join(vendor)}."
+    return text
 
 
 def _pallas(rows: list[Row]) -> str:
