@@ -105,6 +105,7 @@ class _Rows:
         self.q, self.k, self.v = q, k, v  # [1, heads, T or S, D]
         self.layout, self.scale, self.window = layout, scale, window
         self.q_start, self.q_stop = q_start, q_start + q.shape[2]
+        self.recorded = _recorded(q, k, v)
         self.triangles: dict[int, Tensor] = {}
 
     def blocks(self, category: Category, template: SinkTemplate) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
@@ -135,7 +136,7 @@ class _Rows:
             p_start, p_stop = int(group.packed_start[0]), int(group.packed_stop[-1])
             positions = np.r_[packed[p_start:p_stop], lo:hi]
             k, v = (
-                _join(extra[:, :, p_start:p_stop], own[:, :, lo:hi], buffer)
+                _join(extra[:, :, p_start:p_stop], own[:, :, lo:hi], None if self.recorded else buffer)
                 for extra, own, buffer in zip(packed_kv, (self.k, self.v), buffers, strict=True)
             )
             if len(group.lo) > 1:
@@ -254,12 +255,17 @@ def _text_blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
         yield from np.split(run, range(step, len(run), step)) if len(run) else ()
 
 
-def _join(extra: Tensor, own: Tensor, buffer: Tensor) -> Tensor:
-    """`[extra | own]` along the tokens, written into `buffer` if there is anything to join and nothing to record."""
+def _recorded(*inputs: Tensor) -> bool:
+    """Whether what is computed from these will be differentiated."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def _join(extra: Tensor, own: Tensor, buffer: Tensor | None) -> Tensor:
+    """`[extra | own]` along the tokens, written into `buffer` if there is one and anything to join."""
     n = extra.shape[2]
     if n == 0:
         return own
-    if torch.is_grad_enabled() and own.requires_grad:
+    if buffer is None:
         return torch.cat([extra, own], dim=2)
     joined = buffer[:, :, : n + own.shape[2]]
     joined[:, :, :n] = extra
@@ -278,7 +284,7 @@ def _attend(
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=bias, scale=scale
         )
-    if torch.is_grad_enabled() and q.requires_grad:  # the scores of one block only are ever kept for the backward
+    if _recorded(q, k, v):  # the scores of one block only are ever kept for the backward
         return checkpoint(_attend_unfused, q, k, v, scale, causal=causal, bias=bias, use_reentrant=False)
     return _attend_unfused(q, k, v, scale, causal=causal, bias=bias)
 
