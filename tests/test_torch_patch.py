@@ -262,6 +262,21 @@ def test_bfloat16_runs_and_stays_near(family):
     assert (got - exact).norm() <= 1.5 * (dense - exact).norm()
 
 
+@family_names
+@pytest.mark.parametrize("impl", ["portable", "reference"], ids=["differentiable", "operator"])
+def test_under_autocast_it_computes_in_the_dtype_that_sdpa_would(family, impl):
+    """Rotary positions leave queries and keys in float32, values come in bfloat16."""
+    model, inputs = make_model(family), make_inputs(family, [make_ids(3)])
+    exact = double_model(family)(**in_double(inputs)).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = model(**inputs, use_cache=False).logits
+        with patch(model, everything_kept(model), impl=impl) as handle:
+            got = model(**inputs, use_cache=False).logits
+            assert handle.report()["forwards"] == {"sparse": 1}
+    assert got.dtype == dense.dtype
+    assert (got - exact).norm() <= 1.5 * (dense - exact).norm()
+
+
 @qwens
 def test_frame_groups_of_a_video_are_images(model, family):
     inputs = in_double(make_video_inputs([3, 1]))

@@ -109,6 +109,8 @@ def blindsight_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
+    # Here, as inside the operator autocast is off.
+    query, key, value = _autocast(query), _autocast(key), _autocast(value)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if not torch.compiler.is_compiling() and current_prefill.get().differentiable:  # type: ignore[union-attr]
@@ -135,6 +137,13 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: 
         # A sliding layer's cache holds the last keys only; the others are out of every query's window.
         k, v = (F.pad(x, (0, 0, missing, 0)) for x in (k, v))
     return prefill.attend(prefill, layer, q, k, v, scale, window)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """The input as SDPA would take it: under autocast in autocast's dtype, unless it is float64."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 # What it computes depends on the announced prompt, which a recorded CUDA graph would not see change.
