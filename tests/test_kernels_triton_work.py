@@ -35,7 +35,9 @@ def test_heads_of_a_group_are_adjacent_and_the_dearest_come_first():
     work = build_work((build_plan(long_prompt(8), SinkTemplate()),), 64, CPU)
     heads = order_heads((3, 3, 1, 3, 0, 3, 2, 2), 4, work)
     assert heads.tolist() == [[4, 2, 0], [5, 2, 3], [0, 0, 3], [1, 0, 3], [6, 3, 2], [7, 3, 2], [3, 1, 3], [2, 1, 1]]
-    assert order_heads((3, 3, 1, 3, 0, 3, 2, 2), 4, work) is heads
+    other = build_work((build_plan(long_prompt(9), SinkTemplate()),), 64, CPU)
+    assert order_heads((3, 3, 1, 3, 0, 3, 2, 2), 4, other) is heads, "another prompt uploads nothing anew"
+    assert not order_heads((0, 0), 2, work, skip_dense=True).tolist()
 
 
 def test_longest_tiles_come_first():

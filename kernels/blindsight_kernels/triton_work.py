@@ -151,8 +151,14 @@ def order_heads(categories: tuple[int, ...], n_kv_heads: int, work: Work, skip_d
     order = np.lexsort((np.arange(len(category)), -cost, kv, -of_group[kv]))
     if skip_dense:
         order = order[category[order] != Category.DENSE]
-    heads = np.stack([order, kv[order], category[order]], axis=1).astype(np.int32)
-    return torch.from_numpy(heads).to(work.tiles.device)
+    heads = np.stack([order, kv[order], category[order]], axis=1)
+    return _upload(tuple(map(tuple, heads.tolist())), work.tiles.device)
+
+
+@lru_cache(maxsize=1024)
+def _upload(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """`[H, 3]` int32. An upload waits for the GPU; layers and prompts mostly have the same few orders."""
+    return torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 3)
 
 
 def pack(x: Tensor, work: Work) -> Tensor:
