@@ -70,6 +70,20 @@ def test_no_matrix_of_the_prompts_length_squared_exists(monkeypatch):
     assert 0 < largest.n <= 1 << 18
 
 
+def test_nothing_is_uploaded_a_block_at_a_time(monkeypatch):
+    """On a GPU an upload waits for all that was launched."""
+    rows = np.arange(30)[:, None] * 20 + np.array([2, 3, 17, 18])
+    layout = Layout(600, 0, 600, rows)
+    q, k, _ = (x[0] for x in draw_inputs(0, 1, 4, 2, 600, 600, 8, torch.float32))
+    uploads, from_numpy = [], torch.from_numpy
+    monkeypatch.setattr(sinks, "_SCORES", 300)
+    meter = SinkMeter([layout], SimpleNamespace(n_layers=1, n_heads=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "from_numpy", lambda x: uploads.append(x) or from_numpy(x))
+        meter.add(0, q[None], k[None], 0.3, None, torch.zeros(1, 4, 600), torch.zeros(1, 4, 600))
+    assert len(uploads) == 4
+
+
 @pytest.mark.parametrize("offset", [2, -3])
 def test_a_planted_sink_is_learned(offset):
     """Keys that every query likes, at one offset of every image: that offset joins the ends, no other."""

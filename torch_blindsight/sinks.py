@@ -26,7 +26,8 @@ from torch_blindsight.modes import Mode
 from torch_blindsight.patching import Handle
 from torch_blindsight.prompts import Dense
 
-_SCORES = 1 << 22  # scores of all heads that exist at once
+# Scores of all heads that exist at once. A CPU likes few; a GPU waits at each block, and has the memory for more.
+_SCORES, _SCORES_CUDA = 1 << 22, 1 << 27
 
 
 class SinkMeter:
@@ -77,10 +78,10 @@ class SinkMeter:
         which = torch.nn.functional.one_hot(bins, n_bins + 1).double()  # [P, bins]
         sums = torch.zeros(q.shape[0], n_bins + 1, dtype=torch.float64, device=q.device)
         kept = torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
-        step = max(1, _SCORES // (q.shape[0] * len(found.keys)))
+        step = max(1, (_SCORES_CUDA if q.is_cuda else _SCORES) // (q.shape[0] * len(found.keys)))
+        all_rows, all_stops = (torch.from_numpy(x).to(q.device) for x in (found.rows, found.stops))
         for some in range(0, len(found.rows), step):
-            at = torch.from_numpy(found.rows[some : some + step]).to(q.device)
-            stops = torch.from_numpy(found.stops[some : some + step]).to(q.device)
+            at, stops = all_rows[some : some + step], all_stops[some : some + step]
             seen = int(np.searchsorted(found.keys, found.stops[some : some + step][-1]))  # before the last of them
             queries = q[:, at].float().unflatten(0, (-1, group)).flatten(1, 2)  # [K, G * R, D]
             scores = (queries @ keys[:, :seen].mT).unflatten(1, (group, -1)).flatten(0, 1) * scale  # [H, R, P]
