@@ -294,14 +294,15 @@ def _attend_unfused(
 ) -> tuple[Tensor, Tensor]:
     """`_attend` by matrix products, a bounded number of scores at a time."""
     precise = torch.promote_types(q.dtype, torch.float32)
+    keys, values = k.to(precise).transpose(2, 3), v.to(precise)
     outs, lses = [], []
     step = max(1, _SCORES_AT_ONCE // (q.shape[1] * k.shape[2]))
     for s in range(0, q.shape[2], step):
-        scores = (q[:, :, s : s + step].to(precise) @ k.to(precise).transpose(2, 3)) * scale
+        scores = (q[:, :, s : s + step].to(precise) @ keys) * scale
         if causal:
             scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(s + 1), -torch.inf)
         if bias is not None:
             scores = scores + bias[s : s + step]
         lses.append(scores.logsumexp(-1))
-        outs.append((torch.exp(scores - lses[-1][..., None]) @ v.to(precise)).to(q.dtype))
+        outs.append((torch.exp(scores - lses[-1][..., None]) @ values).to(q.dtype))
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
