@@ -27,7 +27,7 @@ from tiny_models import (
     make_model,
     patch,
 )
-from torch_blindsight import calibrate
+from torch_blindsight import attention, calibrate, fingerprint, held_out
 from torch_blindsight.gradient import GradientMode, measure_with_gradient
 from torch_blindsight.implementations import implementation
 from torch_blindsight.models import inspect_model
@@ -271,3 +271,19 @@ def test_a_budget_of_nothing_buys_what_nobody_reads():
     profile = calibrate(model, prompts[:2], budget=0.0, held_out=prompts[2:], **QUIET)
     assert (profile.categories[3] == Category.SINK).all() and not profile.categories[:3].any()
     assert not profile.summary.harm_of("gradient")[3].any() and profile.summary.harm_of("residual")[3].any()
+
+
+@family_names
+def test_the_reference_is_the_unpatched_model_and_needs_no_mask(family, monkeypatch):
+    """All heads dense, by the implementation: transformers' own attention would build N x N masks for Gemma 3."""
+    model = make_model(family, n_layers=2)
+    info, prompts = inspect_model(model), dict(zip("ab", prompts_of(family, 2), strict=True))
+    with torch.no_grad():
+        want = {name: model(**prompt).logits[:, -1].log_softmax(-1) for name, prompt in prompts.items()}
+    monkeypatch.setattr(attention, "sdpa_attention_forward", None)
+    profile = Profile.uniform(Category.SINK, fingerprint(model))
+    measure = held_out.HeldOut(model, info, implementation("portable", model, info), profile, prompts)
+    for name, log_probs in measure._dense.items():
+        np.testing.assert_allclose(log_probs, want[name], rtol=0, atol=1e-5)
+    assert not measure(np.zeros_like(profile.categories)).kl.any()
+    assert measure(profile.categories).kl.all()

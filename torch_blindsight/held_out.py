@@ -18,12 +18,11 @@ from shared_profiles.measured import Measured, divergence
 from shared_profiles.processes import ALONE, Processes
 from shared_profiles.profile import Profile
 from shared_profiles.split import require_held_out
-from torch_blindsight.attention import AttendLayer, Prefill
+from torch_blindsight.attention import AttendLayer
 from torch_blindsight.implementations import Implementation
 from torch_blindsight.models import ModelInfo
 from torch_blindsight.modes import Mode, SparseMode
 from torch_blindsight.patching import Handle
-from torch_blindsight.prompts import Dense
 
 
 class HeldOut:
@@ -59,7 +58,7 @@ class HeldOut:
         self._prompts: dict[str, Mapping[str, Any]] = {}  # this process's
         self._dense: dict[str, np.ndarray] = {}  # [1, V] float32 each
         sizes: dict[str, tuple[int, int]] = {}
-        reference = _Reference()
+        reference = self._reference = _Reference(profile, implementation, info, break_even=False)
         with self._patched(reference):
             for turn, prompt_id in enumerate(sorted(prompts)):
                 if not processes.is_mine(turn):
@@ -82,8 +81,9 @@ class HeldOut:
             RuntimeError: a prefill that should have run sparse did not.
         """
         profile = replace(self._profile, categories=categories, curve=())
+        mode = SparseMode(profile, self._implementation, self._info, break_even=False)
         mine: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        with self._patched(SparseMode(profile, self._implementation, self._info, break_even=False)) as handle:
+        with self._patched(mode if categories.any() else self._reference) as handle:
             for prompt_id, prompt in self._prompts.items():
                 mine[prompt_id] = divergence(self._dense[prompt_id], self._log_probs(prompt))
             ran = handle.report()["forwards"]
@@ -105,16 +105,15 @@ class HeldOut:
         return logits.float().log_softmax(-1).cpu().numpy()
 
 
-class _Reference:
-    """Runs every prompt dense, and notes whether it could have been sparse; a `Mode`."""
+class _Reference(SparseMode):
+    """Runs every prompt with all heads dense, and notes those that could have been sparse; a `Mode`.
+
+    By the implementation, as transformers' SDPA needs an N x N mask for Gemma 3.
+    """
 
     layout: Layout | None = None
 
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
-        """Notes this prompt, and declines."""
+        """Notes this prompt."""
         (self.layout,) = layouts
-        raise Dense("reference")
-
-    def after(self, prefill: Prefill, arguments: dict[str, Any]) -> Mode:
-        """Stays as it is."""
-        return self
+        return "reference", self.attend_dense
