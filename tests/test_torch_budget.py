@@ -27,7 +27,7 @@ from tiny_models import (
     make_model,
     patch,
 )
-from torch_blindsight import attention, calibrate, fingerprint, held_out
+from torch_blindsight import attention, calibrate, calibration, fingerprint, held_out
 from torch_blindsight.gradient import GradientMode, measure_with_gradient
 from torch_blindsight.implementations import implementation
 from torch_blindsight.models import inspect_model
@@ -287,3 +287,23 @@ def test_the_reference_is_the_unpatched_model_and_needs_no_mask(family, monkeypa
         np.testing.assert_allclose(log_probs, want[name], rtol=0, atol=1e-5)
     assert not measure(np.zeros_like(profile.categories)).kl.any()
     assert measure(profile.categories).kl.all()
+
+
+def test_held_out_prompts_wait_on_the_cpu(monkeypatch):
+    """They stay until the end, and the pixels of a long prompt are gigabytes: only the one that runs is on the GPU."""
+    moves = {"kept": [], "run": []}
+    for name, module in (("kept", calibration), ("run", held_out)):
+        moved = module.moved
+        monkeypatch.setattr(
+            module, "moved", lambda x, to, name=name, moved=moved: moves[name].append(torch.device(to)) or moved(x, to)
+        )
+    model = make_model("qwen2_vl", n_layers=1)
+    prompts = prompts_of("qwen2_vl", 8)
+    calibrate(model, prompts[:6], budget=Budget(1e9, "error"), held_out=0.5, **QUIET)
+    assert 0 < len(moves["kept"]) < 6
+    assert len(moves["run"]) >= 2 * len(moves["kept"])
+    moves["kept"].clear()
+    calibrate(model, prompts[:6], budget=Budget(1e9, "error"), held_out=prompts[6:], **QUIET)
+    assert moves["kept"] == [torch.device("cpu")] * 2
+    (kept,) = {x.device for x in held_out.moved(prompts[0], "meta").values()}
+    assert kept.type == "meta"

@@ -28,7 +28,7 @@ from shared_profiles.split import HELD_OUT, Given, Split
 from shared_profiles.state_files import one_writer
 from shared_profiles.statistics import PromptStatistics
 from torch_blindsight.gradient import GradientMode, measure_with_gradient
-from torch_blindsight.held_out import HeldOut
+from torch_blindsight.held_out import HeldOut, moved
 from torch_blindsight.implementations import Implementation, Name, implementation
 from torch_blindsight.models import PACKAGES, ModelInfo, fingerprint, inspect_model
 from torch_blindsight.observe import ObserveMode, Observer
@@ -78,7 +78,7 @@ def calibrate(
             thresholds are given.
         thresholds: how much a head must retain, to choose by that instead.
         held_out: the share of prompts that a budget is measured on, chosen by their content; or these prompts. They
-            stay in memory until the end.
+            stay in the CPU's memory until the end.
         local_block: width of the local blocks of a template that is not given, a multiple of 8. Default: 128.
         state: file in which the statistics are kept, written every `save_every` prompts and on interruption, by one
             run at a time; see `shared_profiles.state_files` for what several processes write.
@@ -108,7 +108,7 @@ def calibrate(
     chosen = implementation(impl, model, info)
     split: Split[Mapping[str, Any]] | None = None
     if limit is not None:
-        split = Split(held_out) if isinstance(held_out, int | float) else _given(model, held_out)
+        split = _Aside(held_out) if isinstance(held_out, int | float) else _given(model, held_out)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -180,7 +180,18 @@ def measuring(
 
 def _given(model: nn.Module, prompts: Iterable[Mapping[str, Any]]) -> Given[Mapping[str, Any]]:
     """Held-out prompts of the caller's own, checked."""
-    return Given({prompt_digest(_arrays(model, prompt)): prompt for prompt in prompts})
+    return Given({prompt_digest(_arrays(model, prompt)): moved(prompt, "cpu") for prompt in prompts})
+
+
+class _Aside(Split[Mapping[str, Any]]):
+    """Keeps held-out prompts on the CPU: the pixels of a long one are gigabytes."""
+
+    def holds_out(self, prompt_id: str, prompt: Mapping[str, Any]) -> bool:
+        """Whether a prompt is held out; it is then kept in `prompts`."""
+        held = super().holds_out(prompt_id, prompt)
+        if held:
+            self.prompts[prompt_id] = moved(prompt, "cpu")
+        return held
 
 
 def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:

@@ -33,8 +33,8 @@ class HeldOut:
         info: its attention-relevant facts.
         implementation: what computes the sparse prefills.
         profile: whose template they have.
-        prompts: the prompts by their digest, one each. Those with fewer than two images are left out: nothing is
-            ever sparse about them.
+        prompts: the prompts by their digest, one each, on any device. Those with fewer than two images are left out:
+            nothing is ever sparse about them.
         processes: those that share the prompts; each must make one of these, and call it with the same categories.
 
     Attributes:
@@ -101,8 +101,14 @@ class HeldOut:
     @torch.no_grad()
     def _log_probs(self, prompt: Mapping[str, Any]) -> np.ndarray:
         """`[1, V]` float32."""
-        logits: torch.Tensor = self._model(**prompt, use_cache=False, logits_to_keep=1).logits[:, -1]
+        here = moved(prompt, next(self._model.parameters()).device)
+        logits: torch.Tensor = self._model(**here, use_cache=False, logits_to_keep=1).logits[:, -1]
         return logits.float().log_softmax(-1).cpu().numpy()
+
+
+def moved(prompt: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The prompt with its tensors on a device."""
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in prompt.items()}
 
 
 class _Reference(SparseMode):
