@@ -11,7 +11,9 @@ from transformers import DynamicCache
 
 from interpreted import nan_filled
 from shared_profiles import SinkTemplate
+from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds
+from shared_profiles.profile import Profile
 from shared_profiles.statistics import Statistics
 from tiny_models import (
     END,
@@ -25,6 +27,7 @@ from tiny_models import (
     mixed_profile,
     patch,
 )
+from torch_blindsight import calibrate
 
 TEMPLATE = SinkTemplate((0, 1), (1, 2), 16)
 SECOND_TURN = [START, *[IMAGE] * IMAGE_TOKENS, END, 40, 41]
@@ -79,14 +82,23 @@ def conversation(
 
 def statistics(family: str, impl: str, folder: Any) -> Statistics:
     """What calibration measures of two prompts."""
-    from torch_blindsight import calibrate
-
     model = make_model(family, n_layers=2)
     prompts = [make_inputs(family, [make_ids(2, seed=i)], seed=i) for i in range(2)]
     path = folder / f"{impl}.npz"
     options = dict(template=TEMPLATE, thresholds=Thresholds(), progress=False)
     calibrate(model, prompts, state=path, impl=impl, **options)
     return Statistics.load(path)
+
+
+def calibrated(family: str, impl: str, device: str = "cpu") -> tuple[Profile, list, dict]:
+    """A profile by the gradient with learned sinks, then 8 tokens generated with it, and the report."""
+    model = make_model(family, n_layers=2).to(device)
+    prompts = [make_inputs(family, [make_ids(2, seed=i)], seed=i) for i in range(6)]
+    prompts = [{name: x.to(device) for name, x in prompt.items()} for prompt in prompts]
+    profile = calibrate(model, prompts, budget=Budget(1e9, "gradient"), held_out=0.5, progress=False, impl=impl)
+    with patch(model, profile, impl=impl) as handle:
+        tokens = model.generate(**prompts[0], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        return profile, tokens[0, -8:].tolist(), handle.report()
 
 
 @torch.no_grad()

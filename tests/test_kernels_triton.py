@@ -117,6 +117,22 @@ def test_every_head_dimension(attend, dim):
     assert_equals_reference(attend, q, k, v, [prompt(75)], [3, 2, 1, 0], TEMPLATE, scale=dim**-0.5)
 
 
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256], ids="D{}".format)
+def test_every_head_dimension_in_bfloat16(attend, dim):
+    """By the tiles that are shipped; values on a GPU as a model projects them, tokens before heads."""
+    layout, categories, scale = prompt(75), list(Category), dim**-0.5
+    q, k, v = draw_inputs(1, 4, 2, 75, 75, dim, torch.bfloat16)
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)
+    out, lse = attend(q, k, v, [layout], categories, TEMPLATE, scale=scale)
+    exact, exact_lse = reference(q, k, v, [layout], categories, TEMPLATE, scale=scale)
+    masks = torch.from_numpy(np.stack([category_mask(layout, c, TEMPLATE) for c in categories]))
+    k_h, v_h = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    plain = (q @ k_h.transpose(2, 3) * scale).masked_fill(~masks, -torch.inf).softmax(-1) @ v_h
+    error = np.abs(out.transpose(1, 2).double().numpy() - exact).max()
+    assert error <= 2 * np.abs(plain.double().numpy() - exact).max()
+    np.testing.assert_allclose(lse.numpy(), exact_lse, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("q_start", "window", "tma"),
     [(0, None, True), (60, 50, True), (60, None, False)],

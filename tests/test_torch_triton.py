@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from attention_inputs import draw_inputs
 from blindsight_kernels.reference import reference_attention
 from interpreted import worker
-from interpreted_models import attend_mixed, conversation, dense_heads, statistics
+from interpreted_models import attend_mixed, calibrated, conversation, dense_heads, statistics
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from strategies import layouts, templates, windows
 from tiny_models import family_names, make_model, mixed_profile, patch
@@ -122,6 +122,39 @@ def test_calibration_through_the_kernel(call, family, tmp_path):
         np.testing.assert_allclose(a.mass_mean[category], b.mass_mean[category], rtol=0, atol=1e-5)
         np.testing.assert_allclose(a.error_mean[category], b.error_mean[category], rtol=0, atol=1e-5)
         assert a.kept[category] == b.kept[category]
+
+
+@pytest.mark.parametrize(
+    ("impl", "device"),
+    [("portable", "cpu"), pytest.param("triton", "cuda", marks=pytest.mark.gpu)],
+    ids=["portable-cpu", "triton-gpu"],
+)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_calibrating_patching_and_generating(family, impl, device):
+    """The whole way, on the model's own device: learned sinks, the gradient's ranking, held-out prompts, 8 tokens."""
+    profile, tokens, report = calibrated(family, impl, device)
+    assert profile.categories.any()
+    assert profile.choice["sinks"]["prompts"] > 0
+    assert report["impl"] == impl
+    assert report["forwards"]["sparse"] == 1
+    assert len(tokens) == 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_vendor", [False, True], ids=["ours", "vendor"])
+@pytest.mark.parametrize("dim", [128, 256], ids="D{}".format)
+def test_dense_heads_beyond_64k_keys_equal_flash_attention(by_vendor, dim):
+    from torch_blindsight.mixed import mixed_attention
+
+    n, scale = (1 << 16) + 100, dim**-0.5
+    layout = Layout(n, 0, n, np.array([(4, 5, 30_000, 30_001), (30_002, 30_003, 65_000, 65_001)]))
+    q, k, v = (x.cuda() for x in draw_inputs(0, 1, 2, 1, n, n, dim, torch.bfloat16))
+    k_h, v_h = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    want, want_lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k_h, v_h, 0.0, True, scale=scale)[:2]
+    with dense_heads(by_vendor):
+        out, lse = mixed_attention(q, k, v, [layout], [Category.DENSE] * 2, SinkTemplate(), scale=scale)
+    torch.testing.assert_close(out.transpose(1, 2), want, rtol=2**-6, atol=2**-8)  # two bfloat16 kernels
+    torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-3)
 
 
 @family_names
