@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import Iterator
 
 # Before torch and transformers are first imported, here or in a subprocess a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share few cores, and sums keep one order
@@ -39,6 +40,18 @@ def _seed() -> None:
     np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _full_float32() -> Iterator[None]:
+    """Convolutions of torch in full float32, as those of JAX are: cuDNN rounds to TF32 by default."""
+    if "torch" not in sys.modules:  # a `gpu` test has imported it by now
+        yield
+        return
+    cudnn = sys.modules["torch"].backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    yield
+    cudnn.allow_tf32 = before
 
 
 @pytest.fixture

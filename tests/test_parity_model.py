@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from parity_model import N_NEW, Bar, Trace, divergence_of_logits, first_other_token, point_names
 from parity_subjects import (
@@ -30,6 +31,11 @@ devices = pytest.mark.parametrize("device", DEVICES)
 def subject(request, device) -> Subject:
     """A model, with its prompts and its profile, on a device."""
     return SUBJECTS[request.param](device)
+
+
+def test_torch_rounds_nothing_to_tf32():
+    """Else its runs on a GPU would differ from JAX's by more than float32 does."""
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 @devices
