@@ -14,11 +14,13 @@ pytest.importorskip("jax", reason="the Pallas kernel needs jax, which is not ins
 import jax
 import jax.numpy as jnp
 
+import sampled_rows
 from blindsight_kernels.pallas_configurations import Configuration
 from blindsight_kernels.pallas_prefill import pallas_attention
 from blindsight_kernels.pallas_work import build_pallas_work
 from blindsight_kernels.plans import build_plans
 from blindsight_kernels.reference import reference_attention
+from sampled_rows import check_rows, images_in
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from simulated import Simulate, native, simulator
 
@@ -159,6 +161,17 @@ def test_split_text_ranges_of_a_chunk(attend, window):
         again, again_lse, _ = attend(*arguments, **options | dict(races=False))
         np.testing.assert_array_equal(again, out)
         np.testing.assert_array_equal(again_lse, lse)
+
+
+@pytest.mark.parametrize(
+    ("attend", "n"), [("simulated", 264), pytest.param("gpu", 5000, marks=pytest.mark.gpu)], indirect=["attend"]
+)
+def test_rows_of_a_long_prompt(attend, n):
+    """At D=128, as the models have it: many tiles of keys, images that begin anywhere, text in parts."""
+    layout, categories = images_in(n, n_images=2), [3, 0, 1, 2]
+    q, k, v = draw_inputs(1, 4, 2, n, n, 128)
+    out, lse, _ = attend(q, k, v, [layout], categories, sampled_rows.TEMPLATE, max_keys=n // 2, races=False)
+    check_rows(out, lse, *(jnp.asarray(x, "bfloat16") for x in (q, k, v)), layout, categories)
 
 
 def wrong(simulate, planted: tuple[str, str], races: bool = True) -> str:
