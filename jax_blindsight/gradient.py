@@ -34,8 +34,10 @@ from shared_profiles import Category, Layout
 from shared_profiles.fisher import fisher_vector
 from shared_profiles.layout import concatenated_ranges
 
-# Rows and keys of a block at most; both divide every bucket as far as its size allows.
-_ROWS, _KEYS = 256, 512
+# Rows and keys of a block of the attention's gradients at most, and its scores over all heads: 128 MiB in float32. A
+# block is some ten kernels: small ones fill a GPU with launches. Powers of two divide every bucket as far as it allows.
+_ON_CPU, _ON_GPU = (256, 512), (1024, 2048)
+_MOST_SCORES = 1 << 25
 
 
 def measure_with_gradient(observer: Observer, seed: int) -> None:
@@ -114,18 +116,29 @@ def attention_backward(
         As q, k and v, in their dtype; summed in at least float32.
     """
     heads, rows = P(None, MODEL), P(None, None, MODEL)
-    run = on_devices(
-        mesh, partial(_attention_backward, scale=scale), (heads, heads, heads, rows, heads, rows, P()), (heads,) * 3
-    )
+    on_cpu, on_gpu = (partial(_attention_backward, scale=scale, block=block) for block in (_ON_CPU, _ON_GPU))
+    by_device = partial(lax.platform_dependent, cuda=on_gpu, default=on_cpu)
+    run = on_devices(mesh, by_device, (heads, heads, heads, rows, heads, rows, P()), (heads,) * 3)
     by_q, by_k, by_v = run(q, k, v, out, lse, by_out, visible)
     return by_q, by_k, by_v
 
 
 def _attention_backward(
-    q: Array, k: Array, v: Array, out: Array, lse: Array, by_out: Array, visible: Array, *, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    by_out: Array,
+    visible: Array,
+    *,
+    scale: float,
+    block: tuple[int, int],
 ) -> tuple[Array, Array, Array]:
     _, n_kv, n, dim = k.shape
-    n_rows, n_keys = math.gcd(n, _ROWS), math.gcd(n, _KEYS)
+    n_rows, n_keys = (math.gcd(n, size) for size in block)
+    while n_rows * n_keys * q.shape[1] > _MOST_SCORES and n_rows > 1:
+        n_rows //= 2
     wide = jnp.promote_types(q.dtype, jnp.float32)
     dot = partial(jnp.einsum, precision=precision(q.dtype), preferred_element_type=wide)
     by_head = jnp.swapaxes(by_out[0], 0, 1)  # [H, T, D]

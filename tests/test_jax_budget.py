@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 
 import jax
@@ -19,7 +20,7 @@ from harm import SMALL, measure_in_torch
 from jax_blindsight import gradient, observe, residual
 from jax_blindsight.calibration import measure
 from jax_blindsight.gradient import attention_backward, visible_keys
-from shared_profiles import Category, category_mask
+from shared_profiles import Category, Layout, category_mask
 from shared_profiles.budget import Budget, chosen_point
 from shared_profiles.classifier import Thresholds
 from strategies import layouts
@@ -83,8 +84,36 @@ def test_no_array_of_the_attentions_gradients_grows_with_the_square():
         shapes = [(1, HEADS, n, 64), *[(1, KV_HEADS, n, 64)] * 2, (1, n, HEADS, 64), (1, HEADS, n), (1, n, HEADS, 64)]
         given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         visible = jax.ShapeDtypeStruct((2, n), jnp.int32)
-        elements.append(largest(jax.make_jaxpr(partial(attention_backward, scale=1.0))(*given, visible).jaxpr))
+        run = partial(gradient._attention_backward, scale=1.0, block=gradient._ON_CPU)
+        elements.append(largest(jax.make_jaxpr(run)(*given, visible).jaxpr))
     assert HEADS * 4096 * 64 <= elements[1] <= 2 * elements[0] < 4096**2 / 4
+
+
+def test_a_gpu_takes_larger_blocks_within_a_bound_of_memory():
+    """Compiled for CUDA without one: 512 x 2048 for 28 heads, 1024 x 2048 for 4; a CPU keeps its small ones."""
+    for heads, platform, block in ((4, "cuda", "1x4096x2048"), (28, "cuda", "1x14336x2048"), (4, "cpu", "1x1024x512")):
+        shapes = [(1, heads, 4096, 64), *[(1, 1, 4096, 64)] * 2, (1, 4096, heads, 64), (1, heads, 4096)]
+        given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in [*shapes, shapes[3]]]
+        visible = jax.ShapeDtypeStruct((2, 4096), jnp.int32)
+        traced = attention_backward.trace(*given, visible, scale=1.0)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert set(re.findall(r"exponential .*tensor<(\d+x\d+x\d+)xf32>", text)) == {block}
+
+
+def test_larger_blocks_give_the_same_gradients():
+    rng, n, kv_heads = np.random.default_rng(0), 2048, 1
+    layout = Layout(n - 5, 3, n - 5, np.array([(10, 11, 900, 901), (905, 906, 1800, 1801)]), bidirectional=True)
+    shapes = (1, 2, n, DIM), (1, kv_heads, n, DIM), (1, kv_heads, n, DIM), (1, n, 2, DIM), (1, 2, n), (1, n, 2, DIM)
+    given = [rng.standard_normal(shape) for shape in shapes]
+    given[4] += 9  # log-sum-exps, so that no weight is large
+    with jax.enable_x64(True):
+        visible = jnp.asarray(visible_keys(layout, n, 700))
+        small, large = (
+            jax.jit(partial(gradient._attention_backward, scale=0.3, block=block))(*map(jnp.asarray, given), visible)
+            for block in (gradient._ON_CPU, gradient._ON_GPU)
+        )
+    for ours, theirs in zip(large, small, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
