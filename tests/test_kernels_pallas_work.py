@@ -101,3 +101,13 @@ def test_refusals():
         build_pallas_work((build_plan(long_prompt(4000, 2), template, q_start=4000),), 128)
     with pytest.raises(ValueError, match=r"at most 128 rows. Got .*tile_rows=256"):
         build_pallas_work((build_plan(long_prompt(4000, 2), template, tile_rows=256),), 128)
+
+
+def test_more_tiles_than_a_launch_can_have_are_refused():
+    """Tiles of 8 rows, as local blocks of 8 demand: one prompt of 300K tokens fits, two do not."""
+    plan = build_plans([long_prompt(300_000, 150)], SinkTemplate(local_block=8))[0]
+    assert build_pallas_work((plan,), 128).tiles.shape[1] < 65_536
+    with pytest.raises(
+        NotImplementedError, match=r"at most 65535 tiles .*Got 83710, for 2 x 300000 .* of 8 rows\. Make"
+    ):
+        build_pallas_work((plan, plan), 128)

@@ -31,6 +31,7 @@ ALIGNMENT = 8  # rows; where TMA may start under the layout that wgmma reads
 NO_WINDOW = 1 << 30  # wider than any prompt
 NO_TILE = np.iinfo(np.int32).max  # in `merges`
 _IMAGES = 8  # least capacity for images
+_MOST_TILES = 65535  # of one launch: the second dimension of a CUDA grid, heads being the first
 GATHERED, BOTH_WAYS = 1, 2  # kinds of a q_tile
 # Columns of a tile. `slot` is where a part's result is put aside for the merge, -1 for a whole tile.
 _SPAN = ("first", "n_tiles", "low", "high", "start", "stop")
@@ -104,6 +105,7 @@ def build_pallas_work(
     Raises:
         ValueError: no plans, plans that differ in what must be the same for a launch, too few queries or keys, or
             `dense` of another length than `plans`.
+        NotImplementedError: more tiles than a launch can have: a long batch of tiles of few rows.
     """
     dense = (False,) * len(plans) if dense is None else dense
     if len(dense) != len(plans):
@@ -146,6 +148,13 @@ def build_pallas_work(
     # every image may end in a short tile, and a chunk may begin and the text end in one
     n_q_tiles = len(plans) * (n_queries // min(p.tile_rows for p in plans) + n_images + 3)
     n_slots = _power_of_two(bases["slot"])
+    if n_q_tiles + n_slots > _MOST_TILES:
+        raise NotImplementedError(
+            f"the Pallas kernel takes at most {_MOST_TILES} tiles of queries and parts a launch. Got "
+            f"{n_q_tiles + n_slots}, for {len(plans)} x {n_queries} queries in tiles of {rows} rows. Make local_block "
+            f"a multiple of {BLOCK_Q}, so that tiles have as many rows; or take a smaller batch, or the portable "
+            "implementation."
+        )
     n_merges = _power_of_two(sum(map(len, merges)))
     n_parts = _power_of_two(max(m.shape[1] - 1 for m in merges))
     merge_table = np.full((n_merges, 1 + n_parts), -1)
