@@ -114,8 +114,8 @@ def read_pallas(work: PallasWork, category: Category) -> np.ndarray:
             position = key
             allowed = np.broadcast_to((key >= start) & (key < stop), (len(rows), len(key)))
             if source == "packed":
-                assert key[-1:].max(initial=0) < work.packed.shape[1], "a tile reads beyond the packed keys"
-                batch, position = work.packed[:, key]
+                assert key[-1:].max(initial=0) < len(work.packed), "a tile reads beyond the packed keys"
+                batch, position = work.packed_batch[key], work.packed[key]
                 assert (batch[(key >= start) & (key < stop)] == field["batch"]).all()
             else:
                 allowed = allowed & (key <= newest[rows, None])

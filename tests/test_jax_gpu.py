@@ -86,4 +86,6 @@ def test_calibration_in_bfloat16(device, impl, family, monkeypatch):
         ours = plain if impl == "portable" else measured(params, prompt, impl)
     for name, exact in truth.items():
         error, bar = (np.abs(x[name] - exact).max() / np.abs(exact).max() for x in (ours, plain))
-        assert error <= 2 * bar + 1e-3 and bar < 0.05, f"{name}: {error:.3g}, portable {bar:.3g}"
+        # The gradient's harm is the square of a sum that cancels.
+        near = 0.3 if name.endswith("gradient") else 0.05
+        assert error <= 2 * bar + 1e-3 and bar < near, f"{name}: {error:.3g}, portable {bar:.3g}"

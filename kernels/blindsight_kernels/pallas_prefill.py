@@ -97,7 +97,6 @@ def _attention(q, k, v, work, categories, kv_heads, *, scale, chosen, interpret)
     v = jnp.where(real, v, 0)  # what is not looked at has the weight zero, but zero times NaN is NaN
     packed_k, packed_v = (_pack(x, work) for x in (k, v))
     heads = order_heads(categories, work.cost, kv_heads)
-    positions = work.packed[1]
     tiles = jnp.pad(work.tiles, ((0, 1), (0, 0), (0, 0)))  # LEFT_OUT, the last, has no keys anywhere
     out, lse, part_out, part_lse = prefill_kernel(
         q_rows,
@@ -109,7 +108,7 @@ def _attention(q, k, v, work, categories, kv_heads, *, scale, chosen, interpret)
         heads,
         oldest,
         newest,
-        positions,
+        jnp.asarray(work.packed),
         n_slots=work.n_slots,
         scale=scale,
         configuration=chosen,
@@ -168,8 +167,7 @@ def order_heads(categories: jax.Array, cost: jax.Array, kv_heads: jax.Array) -> 
 
 def _pack(x: jax.Array, work: PallasWork) -> jax.Array:
     """Gathers the packed keys or values of a layer: `[B, K, S, D]` -> `[K, P, D]`."""
-    batch, position = jnp.asarray(work.packed)
-    return x[batch, :, position].swapaxes(0, 1)
+    return x[jnp.asarray(work.packed_batch), :, jnp.asarray(work.packed)].swapaxes(0, 1)
 
 
 def _merge(out, lse, part_out, part_lse, merges):

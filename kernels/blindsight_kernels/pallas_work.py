@@ -48,8 +48,10 @@ class PallasWork:
         q_tiles: `[n_q_tiles, 4]`: batch row, row_start, n_rows (0: not used), kind. `row_start` is a position, or an
             index into `gathered_rows`.
         gathered_rows: `[n]` positions of the text and delimiter rows, batch rows one after another.
-        packed: `[2, P]` batch row and position of the packed keys: for each batch row text, then text and sinks, each
-            from a multiple of 8 on.
+        packed: `[P]` positions of the packed keys: for each batch row text, then text and sinks, each from a multiple
+            of 8 on.
+        packed_batch: `[P]` the batch row of each. Of its own: XLA would put a slice of `packed` and the kernel into
+            one fusion.
         merges: `[n_merges, 1 + n_parts]` tiles computed in parts: q_tile (`NO_TILE`: not used), then slots, -1 for
             none.
         span: `[B, 2]` the real keys `[start, stop)` of each batch row.
@@ -64,6 +66,7 @@ class PallasWork:
     q_tiles: np.ndarray
     gathered_rows: np.ndarray
     packed: np.ndarray
+    packed_batch: np.ndarray
     merges: np.ndarray
     span: np.ndarray
     limits: np.ndarray
@@ -157,6 +160,8 @@ def build_pallas_work(
         )
     n_merges = _power_of_two(sum(map(len, merges)))
     n_parts = _power_of_two(max(m.shape[1] - 1 for m in merges))
+    packed_keys = np.concatenate(packed, axis=1)
+    n_packed = _power_of_two(bases["packed"] + block_k, 2 * block_k)  # a tile of positions is read from any of them on
     merge_table = np.full((n_merges, 1 + n_parts), -1)
     merge_table[:, 0] = NO_TILE
     at = 0
@@ -168,8 +173,8 @@ def build_pallas_work(
         cost.sum(axis=1).astype(np.float32),
         _padded(np.concatenate(q_tiles), (n_q_tiles, 4)),
         _padded(np.concatenate([p.gathered_rows for p in plans]), (_power_of_two(bases["row"], BLOCK_Q),)),
-        # a tile of positions is read from any packed key on
-        _padded(np.concatenate(packed, axis=1), (2, _power_of_two(bases["packed"] + block_k, 2 * block_k))),
+        _padded(packed_keys[1], (n_packed,)),
+        _padded(packed_keys[0], (n_packed,)),
         merge_table.astype(np.int32),
         np.array([(p.layout.start, min(p.layout.stop, q_stop)) for p in plans], np.int32),
         np.array([q_start, NO_WINDOW if window is None else window], np.int32),
