@@ -11,7 +11,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from jax_blindsight.config import Rope, TextConfig
 from jax_blindsight.layers import (
@@ -26,6 +26,11 @@ from jax_blindsight.layers import (
     rotate,
     rotation,
 )
+
+# Rows of a prompt that pass an MLP at once, and the length from which on they do not pass all together. Compiled for an
+# H200, the second half of a layer of a 7B model takes 22.8 GiB of temporary memory at 288K tokens in one piece, 3.3 GiB
+# in blocks. A block fills a GPU, so that it should cost no time worth mentioning (an estimate).
+_BLOCK, _LONG = 16384, 32768
 
 # (layer, q [B, H, T, D], k [B, K, T, D], v [B, K, T, D]) -> [B, T, H, D]; q and k come rotated.
 Attend = Callable[[int, Array, Array, Array], Array]
@@ -100,6 +105,13 @@ class DecoderLayer(nnx.Module):
         """From the attention on: the layer's input `[B, T, E]` and what was attended `[B, T, H, D]` to `[B, T, E]`."""
         branch = self.attention.merge(out)
         x = x + (branch if self.post_attention_norm is None else self.post_attention_norm(branch))
+        if x.shape[1] <= _LONG:
+            return self._feed_forward(x)
+        rows = jnp.swapaxes(x, 0, 1)  # [T, B, E]
+        return jnp.swapaxes(lax.map(self._feed_forward, rows, batch_size=_BLOCK), 0, 1)
+
+    def _feed_forward(self, x: Array) -> Array:
+        """`[..., E]`, the layer's attention added, with its MLP's output added."""
         branch = self.mlp(self.pre_mlp_norm(x))
         return x + (branch if self.post_mlp_norm is None else self.post_mlp_norm(branch))
 

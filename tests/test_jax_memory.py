@@ -1,23 +1,28 @@
-"""Conversion holds the model and about one tensor: measured in a process of its own."""
+"""What must stay small: conversion, in a process of its own, and a long prompt's MLP, by XLA's account."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from transformers import AutoConfig
 
+from jax_blindsight import decoder
 from jax_blindsight.config import ModelConfig
 from jax_blindsight.convert import path_name
-from jax_blindsight.model import abstract_weights
+from jax_blindsight.model import abstract_weights, end_layer
 from jax_blindsight.names import NAMES
 from jax_checkpoints import FILE, save_tiny
+from tiny_models import make_model
 
 MEASURE = """
 import sys
@@ -59,3 +64,28 @@ def test_memory_stays_near_the_models_size(tmp_path):
     done = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True, check=True)
     growth = int(done.stdout)
     assert size < growth < size + 2 * largest + 20e6  # a tensor's pages of the file count while it is read
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_long_prompt_passes_the_mlp_in_blocks(family, monkeypatch):
+    """The same numbers in less memory; the last block is shorter. Gradients pass as well."""
+    config = ModelConfig.from_hf(make_model(family).config)
+    text = replace(config.text, intermediate_size=1024)
+    config, n, rng = replace(config, text=text), 1000, np.random.default_rng(0)
+    shapes = abstract_weights(config, np.float32)["decoder"]["layers"][0]
+    weights = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), shapes)
+    hidden, out = (
+        jnp.asarray(rng.standard_normal((2, n, *of_row)), jnp.float32)
+        for of_row in ((text.hidden_size,), (text.n_heads, text.head_dim))
+    )
+    sizes, results = [], []
+    for block, long in ((n, n), (96, n - 1)):
+        monkeypatch.setattr(decoder, "_BLOCK", block)
+        monkeypatch.setattr(decoder, "_LONG", long)
+        run = jax.jit(partial(end_layer, weights, config)).lower(hidden, out).compile()
+        sizes.append(run.memory_analysis().temp_size_in_bytes)
+        ended, back = jax.vjp(partial(end_layer, weights, config), hidden, out)
+        results.append([run(hidden, out), *back(ended)])
+    assert sizes[1] < sizes[0] / 3
+    for whole, blocks in zip(*results, strict=True):
+        np.testing.assert_allclose(blocks, whole, rtol=0, atol=1e-5 * np.abs(whole).max())
