@@ -17,11 +17,11 @@ from blindsight_gpu import __main__ as process
 from blindsight_gpu import runner
 
 
-def _here(part: str, path: Path, seconds: float, flags: list[str]) -> int:
+def _here(part: str, path: Path, end: float, flags: list[str], environment: dict[str, str]) -> int:
     """What `runner` starts a process for."""
     if part in ("bounds", "pallas"):
         simulated.speed_up()
-    sys.argv[1:] = [part, str(path), str(seconds), *flags]
+    sys.argv[1:] = [part, str(path), str(end), *flags]
     return process.main()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,16 +15,19 @@ import numpy as np
 import pytest
 import torch
 
-from tree_scripts import ROOT, SOURCE_ROOTS, python
+from tree_scripts import ROOT, python
 
 pytestmark = pytest.mark.timeout(600)  # a dry run of many parts, on a busy machine
 PARTS = {
-    "torch": ("correctness", "attention", "model", "calibration", "sanitizer", "tune"),
+    "torch": ("correctness", "attention", "attention_more", "model", "calibration", "sanitizer", "profile", "tune"),
     "jax": ("bounds", "pallas", "jax_model"),
 }
 GPU_CHECK = ROOT / "scripts" / "gpu_check.py"
 
-tables, results, runner = (import_module(f"blindsight_gpu.{name}") for name in ("tables", "results", "runner"))
+attention, measure, tables, results, runner = (
+    import_module(f"blindsight_gpu.{name}") for name in ("attention", "measure", "tables", "results", "runner")
+)
+COMMANDS = import_module("blindsight_gpu.parts").COMMANDS
 # Tests of one group run in one worker, so that one dry run serves them all.
 with_torch, with_jax = (pytest.mark.xdist_group(f"gpu_check {name}") for name in PARTS)
 
@@ -60,24 +62,29 @@ def test_every_part_runs_and_says_what_it_depends_on(dry_run, group):
         assert document["rows"], part
         assert {"gpu", "versions", "commit", "source"} <= document["machine"].keys()
         assert {"torch", "triton", "jax", "cuda", "cudnn"} <= document["machine"]["versions"].keys()
-        assert document["command"]
+        assert document["command"].startswith("gpu_check.py --dry-run --out")
         assert document["time"]
 
 
-def test_every_part_is_dry_run():
-    assert set().union(*PARTS.values()) == {*runner.SHARES, *runner.OPTIONAL}
+def test_three_commands_run_everything_in_their_time():
+    """And each writes few files: a result and, at most, a log for every part."""
+    assert set().union(*PARTS.values()) == set(runner.SECONDS)
+    assert sorted(part for parts in COMMANDS for part in parts) == sorted(runner.SECONDS)
+    for parts in COMMANDS:
+        assert f"--part {','.join(parts)}\n" in GPU_CHECK.read_text()
+        assert sum(runner.SECONDS[part] for part in parts) <= runner.BUDGET <= 570
+        assert len(parts) <= 4
 
 
 @with_torch
 def test_attention_is_compared_with_peers_that_compute_the_same(dry_run):
-    all_rows = load(dry_run("torch"), "attention")["rows"]
-    rows = [row for row in all_rows if "profile" in row]
-    assert len(rows) == 3
-    (vendor,) = (row for row in all_rows if "vendor_ms" in row)
-    assert vendor["first_ms"] > 0
+    rows = [row for row in load(dry_run("torch"), "attention")["rows"] if "profile" in row]
+    assert [row["profile"] for row in rows] == list(attention.SOME)
     for row in rows:
-        assert row["flex_differs_by"] < 1e-5
-        assert row["varlen_note"]
+        if "all Dense" not in row["profile"]:
+            assert row["flex_differs_by"] < 1e-5
+            assert row["varlen_note"]
+        assert row["first_ms"] > 0
         assert row["denominator"] == "SDPA on the CPU, causal, the same tokens"
         np.testing.assert_allclose(row["speed_up"] * row["kept"] * row["ours_ms"], row["bound_ms"], rtol=1e-9)
 
@@ -101,6 +108,7 @@ def test_models_are_measured_dense_and_sparse(dry_run):
     for row in rows:
         assert row["forwards"] == {"sparse": 1}
         assert row["attention_share"] > 0
+        assert row["beside_share"] > 0
         np.testing.assert_allclose(row["speed_up"] * row["sparse_s"], row["dense_s"], rtol=1e-9)
 
 
@@ -109,6 +117,7 @@ def test_models_are_measured_in_jax_side_by_side(dry_run):
     rows = load(dry_run("jax"), "jax_model")["rows"]
     names = [f"toy Qwen2.5-VL: toy, {side}" for side in ("sparse", "dense", "calibration", "gradient")]
     assert [row["case"] for row in rows] == [*names, "toy Gemma-3: toy, sparse", "toy Gemma-3: toy, dense"]
+    assert [row["case"] for row in rows if "attention_share" in row] == names[:1]
     for row in rows:
         assert row["seconds"] > 0
         assert row["images"] > 1
@@ -117,10 +126,11 @@ def test_models_are_measured_in_jax_side_by_side(dry_run):
 
 
 def test_time_that_a_part_leaves_goes_to_the_others():
-    parts = list(runner.SHARES)
-    assert runner._share(parts, sum(runner.SHARES.values())) == pytest.approx(runner.SHARES[parts[0]])
+    parts = list(runner.SECONDS)
+    assert runner._share(parts, sum(runner.SECONDS.values())) == pytest.approx(runner.SECONDS[parts[0]])
     assert runner._share(["jax_model"], 500) == 500
-    assert runner._share(["jax_model", "tune"], 310) == pytest.approx(70)
+    both = runner.SECONDS["jax_model"] + runner.SECONDS["tune"]
+    assert runner._share(["jax_model", "tune"], 2 * both) == pytest.approx(2 * runner.SECONDS["jax_model"])
 
 
 @with_torch
@@ -148,23 +158,30 @@ def test_results_of_something_else_are_not_resumed(tmp_path, change):
         return results.Results(tmp_path / "gpu-x.json", "x", machine, dry_run=True, seconds=9)
 
     first = new()
-    first.measure("one", lambda: {"value": 1})
+    first.run({"one": lambda: {"value": 1}})
     again = new()
-    again.resume()
+    again.begin(resume=True)
     assert again.get("one")["value"] == 1
     other = new()
     change(other.document["machine"])
-    other.resume()
+    other.begin(resume=True)
     assert other.get("one") is None
+    other.write()
+    (aside,) = tmp_path.glob("gpu-x-*.json")  # what was measured before is kept
+    assert json.loads(aside.read_text())["rows"][0]["value"] == 1
 
 
 def test_a_failing_case_and_a_deadline_cost_no_other_case(tmp_path, capsys):
     part = results.Results(tmp_path / "gpu-x.json", "x", {}, dry_run=True, seconds=9)
-    assert part.measure("bad", lambda: 1 / 0) is None
-    assert part.measure("good", lambda: {"value": 1})["value"] == 1
-    part.deadline = 0
-    assert part.measure("late", lambda: {"value": 2}) is None
+
+    def good():
+        part.deadline = 0
+        return {"value": 1}
+
+    part.run({"bad": lambda: 1 / 0, "good": good, "late": lambda: {"value": 2}})
     part.finish()
+    assert part.good("bad") is None
+    assert part.good("good")["value"] == 1
     document = json.loads(part.path.read_text())
     assert [row["case"] for row in document["rows"]] == ["bad", "good"]
     assert document["rows"][0]["failure"] == "ZeroDivisionError: division by zero"
@@ -177,30 +194,47 @@ import os, sys, time
 from pathlib import Path
 from blindsight_gpu.results import Results
 
-part = Results(Path(sys.argv[1]), "x", {}, dry_run=True, seconds=99, row_seconds=2)
+alone = "--alone" in sys.argv
+part = Results(Path(sys.argv[1]), "x", {}, dry_run=True, seconds=99, row_seconds=2, alone=alone)
 part.go_on() if "--go-on" in sys.argv else None
 def fail():
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
-for case, function in {"one": dict, "crash": lambda: os._exit(9), "two": dict, "poison": fail, "three": dict,
-                       "hang": lambda: time.sleep(60), "four": dict}.items():
-    part.measure(case, function)
+cases = {"one": dict, "crash": lambda: os._exit(9), "two": dict, "poison": fail, "three": dict,
+         "hang": lambda: time.sleep(60), "four": dict}
+part.run({"one": dict, "two": dict, "three": dict} if alone else cases)
 part.finish()
 """
 
 
-def test_a_row_that_breaks_its_process_costs_no_other_row(tmp_path, monkeypatch):
-    statuses = []
+@pytest.fixture
+def run_part(tmp_path, monkeypatch) -> Callable[..., list[int]]:
+    """`run_part(*flags)`: the statuses of the processes that a part of such rows takes."""
 
-    def process(part, path, seconds, flags):
-        command = [sys.executable, "-c", BREAKS, str(path), *flags]
-        environment = {**os.environ, "PYTHONPATH": SOURCE_ROOTS}
-        statuses.append(subprocess.run(command, env=environment, check=False, timeout=100).returncode)
-        return statuses[-1]
+    def run(*always: str) -> list[int]:
+        statuses = []
 
-    monkeypatch.setattr(runner, "_process", process)
-    asked = argparse.Namespace(resume=False, dry_run=False)
-    runner._run("x", tmp_path / "gpu-x.json", 100, asked)
-    assert statuses == [9, results.POISONED, 1, 0]
+        def process(part, path, end, flags, environment):
+            command = [sys.executable, "-c", BREAKS, str(path), *flags, *always]
+            statuses.append(subprocess.run(command, env=environment, check=False, timeout=100).returncode)
+            return statuses[-1]
+
+        monkeypatch.setattr(runner, "_process", process)
+        asked = argparse.Namespace(resume=False, dry_run=False, command="")
+        runner._run("x", tmp_path / "gpu-x.json", 100, asked, runner._environment(str(tmp_path)))
+        return statuses
+
+    return run
+
+
+def test_rows_that_count_by_process_have_one_each(run_part, tmp_path):
+    assert run_part("--alone") == [results.NEXT, results.NEXT, 0]
+    document = load(tmp_path, "x")
+    assert [row["case"] for row in document["rows"]] == ["one", "two", "three"]
+    assert document["complete"]
+
+
+def test_a_row_that_breaks_its_process_costs_no_other_row(run_part, tmp_path):
+    assert run_part() == [9, results.POISONED, 1, 0]
     document = load(tmp_path, "x")
     failures = {row["case"]: row.get("failure") for row in document["rows"]}
     assert list(failures) == ["one", "crash", "two", "poison", "three", "hang", "four"]
@@ -211,13 +245,67 @@ def test_a_row_that_breaks_its_process_costs_no_other_row(tmp_path, monkeypatch)
     assert document["running"] is None
 
 
+def test_a_row_stopped_at_its_parts_limit_has_failed(tmp_path, monkeypatch):
+    """And those behind it are named as left out."""
+
+    def process(part, path, end, flags, environment):
+        document = {"rows": [], "running": "slow", "left_out": ["late"], "dry_run": True}
+        path.write_text(json.dumps(document))
+
+    monkeypatch.setattr(runner, "_process", process)
+    asked = argparse.Namespace(resume=False, dry_run=False, command="")
+    assert not runner._run("x", tmp_path / "gpu-x.json", 100, asked, {})
+    document = load(tmp_path, "x")
+    assert document["rows"] == [{"case": "slow", "failure": "was stopped at the limit of its part, 100 s"}]
+    assert document["left_out"] == ["late"]
+    assert document["running"] is None
+
+
+@pytest.mark.parametrize("part", ["attention", "calibration", "jax_model", "model", "pallas"])
+def test_what_breaks_before_measuring_costs_rows_and_no_part(tmp_path, monkeypatch, part):
+    """A model that does not fit, say: every row that needs it says so."""
+    module = import_module(f"blindsight_gpu.{part}")
+
+    def fail(*_, **__):
+        raise MemoryError("does not fit")
+
+    for name in ("make_model", "make_params", "two_inputs", "Inputs"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, fail)
+    found = results.Results(tmp_path / "gpu-x.json", "x", {}, dry_run=True, seconds=99)
+    module.run(found, measure.Place(dry_run=True))
+    assert len(found.document["rows"]) >= 2
+    assert {row["failure"] for row in found.document["rows"]} == {"MemoryError: does not fit"}
+    assert found.document["left_out"] == []
+
+
+def test_a_peer_that_breaks_the_gpu_ends_its_process():
+    assert results.note_of(ValueError("no such mask")) == "failed: ValueError: no such mask"
+    for said in ("CUDA error: misaligned address", "CUDA_ERROR_MISALIGNED_ADDRESS"):
+        with pytest.raises(RuntimeError, match=said):
+            results.note_of(RuntimeError(said))
+
+
+def test_a_prediction_that_fails_costs_no_measured_time(monkeypatch):
+    tune = import_module("blindsight_gpu.tune")
+    tiles = tune.Configuration(16, 16, 4, 2, tma=True)
+    place = argparse.Namespace(dry_run=False, dtype=torch.float32)
+    for name, value in (("free", None), ("two_inputs", None), ("seconds_per_call", 0.5), ("rate", 9.0)):
+        monkeypatch.setattr(tune, name, lambda *_, value=value: value)
+    monkeypatch.setattr(tune, "predict", lambda *_: 1 / 0)
+    row = tune._tiles_row(tune.QWEN, 4096, tiles, place)
+    assert row["ours_ms"] == 500
+    assert row["predicted_note"] == "failed: ZeroDivisionError: division by zero"
+
+
 def test_bad_requests_are_refused(tmp_path):
     unknown = python(GPU_CHECK, "--out", tmp_path, "--part", "speed")
     assert unknown.returncode == 2
-    assert "parts must be among correctness, bounds" in unknown.stderr
-    spent = python(GPU_CHECK, "--out", tmp_path, "--dry-run", "--budget-seconds", "1")
+    assert "parts must be among correctness, attention" in unknown.stderr
+    spent = python(GPU_CHECK, "--out", tmp_path, "--part", "bounds,tune", "--dry-run", "--budget-seconds", "1")
     assert spent.returncode == 1
-    assert "correctness: not begun, the budget of 1 s is spent" in spent.stdout
+    assert "estimated: bounds 70 s, tune 70 s; 140 s of 1 s" in spent.stdout
+    assert "bounds: not begun, the 1 s are spent" in spent.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens where there is no GPU; here is one")

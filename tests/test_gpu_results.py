@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from jax_blindsight.buckets import bucket
 from shared_profiles import Category, category_mask
 from tree_scripts import ROOT, python
 
 RENDER = ROOT / "scripts" / "render_results.py"
-prompts, tables, cycles, measure, peers = (
-    import_module(f"blindsight_gpu.{name}") for name in ("prompts", "tables", "cycles", "measure", "peers")
+prompts, tables, cycles, measure, peers, models = (
+    import_module(f"blindsight_gpu.{name}") for name in ("prompts", "tables", "cycles", "measure", "peers", "models")
 )
 
 
@@ -26,7 +27,7 @@ def test_peers_get_exactly_our_masks(category, bidirectional):
     table = prompts.row_tables(layout, category, torch.device("cpu"))
     want = category_mask(layout, category, prompts.TEMPLATE)
     np.testing.assert_array_equal(table.visible(torch.arange(512)).numpy(), want)
-    partial, full = peers._blocks(table)
+    partial, full = peers._blocks(table, torch.arange(512))
     blocks = want.reshape(4, 128, 4, 128)
     np.testing.assert_array_equal(full.numpy(), blocks.all((1, 3)))
     np.testing.assert_array_equal((partial | full).numpy(), blocks.any((1, 3)))
@@ -45,8 +46,24 @@ def test_full_size_prompts_are_what_they_are_called():
             layout = prompts.make_layout(shape, n_tokens)
             assert layout.n_tokens == n_tokens
             assert layout.n_tokens % 128 == 0
-            image_tokens = layout.n_images * shape.image_tokens
-            assert 0.88 * n_tokens < image_tokens < n_tokens
+            image_tokens = (layout.images[:, 2] - layout.images[:, 1]).sum()
+            assert 0.94 * n_tokens < image_tokens < n_tokens
+            assert 16 <= n_tokens - layout.images[-1, 3] <= 128  # text sees the whole past: little must remain
+            assert bucket(n_tokens) == n_tokens  # JAX pads nothing
+
+
+@pytest.mark.parametrize("size", models.SIZES[::2], ids=lambda size: size.name)
+def test_a_models_prompt_ends_in_little_text(size):
+    place = measure.Place(dry_run=True)
+    for n_tokens in prompts.LENGTHS.values():
+        prompt = models.make_prompt(size, n_tokens, place)
+        assert prompt["input_ids"].shape == (1, n_tokens)
+        n_text = n_tokens - models.n_image_tokens(prompt) - 10 * models.n_images(prompt)
+        if size.window is None:
+            assert 64 <= n_text <= 128
+            assert int(prompt["image_grid_thw"].prod(-1).sum()) == 4 * models.n_image_tokens(prompt)
+        else:
+            assert 64 <= n_text < 64 + 266  # whole images only
 
 
 def test_loops_are_read_from_machine_code():
@@ -73,7 +90,7 @@ def test_the_pallas_model_predicts_what_its_page_says(monkeypatch):
     assert kernel.units(counted[0])["L2"] == pytest.approx(kernel.cycles(counted[0]))  # what limits it
     assert kernel.units(counted[0], l2=100)["tensor cores"] == kernel.cycles(counted[0], l2=100) == 2048 + 300
     monkeypatch.setattr(pallas_cycles, "read_kernel", lambda dim: kernel)
-    layout = prompts.make_layout(prompts.QWEN, 100_096)
+    layout = prompts.make_layout(prompts.QWEN, prompts.LENGTHS["100K"])
     seconds, passes = pallas_cycles.predict_pallas(prompts.QWEN, layout, Category.INTRA_IMAGE)
     page = (ROOT / "docs" / "pallas-hopper.md").read_text()
     useful = cycles.rate(prompts.QWEN, layout, Category.INTRA_IMAGE, seconds + passes)
@@ -85,7 +102,9 @@ def result(part: str, rows: list[dict], **changes) -> dict:
     gpu = {"name": "NVIDIA H200", "driver_version": "580.1", "clocks.max.sm": "1980 MHz"}
     versions = {"torch": "2.11.0", "triton": "3.6.0", "cudnn": 91900, "jax": "0.11.2"}
     machine = {"gpu": gpu, "versions": versions, "commit": "0123456789abcdef", "source": "s"}
-    return dict(part=part, dry_run=False, complete=True, machine=machine, rows=rows, left_out=[]) | changes
+    return (
+        dict(part=part, dry_run=False, complete=True, machine=machine, rows=rows, left_out=[], running=None) | changes
+    )
 
 
 ATTENTION = dict(
@@ -106,7 +125,7 @@ def test_the_jax_rows_have_tables_of_their_own(tmp_path):
     sides = [
         dict(case="3B: 36K, sparse", tokens=36864, seconds=2.0, compile_s=40.0, peak_gib=30.0),
         dict(case="3B: 36K, dense", tokens=36864, seconds=5.0, compile_s=20.0, peak_gib=30.0),
-        dict(case="12B: 300K, sparse", tokens=299008, note="not run: its KV cache takes 118 GiB"),
+        dict(case="12B: 300K, sparse", tokens=294912, note="not run: its KV cache takes 118 GiB"),
     ]
     for part, rows in (("pallas", [PALLAS]), ("jax_model", sides)):
         (tmp_path / f"gpu-{part}.json").write_text(json.dumps(result(part, rows)))
@@ -115,15 +134,17 @@ def test_the_jax_rows_have_tables_of_their_own(tmp_path):
         "| Qwen 28/4, d=128, 36,864: all Sink | 1.60 | 2.00 | 1.25x | 6.00x | 1.50 | – not installed | 500 | 7.0 |"
         in text
     )
-    assert "| 3B: 36K, 36,864 tokens | 5.00 | 2.00 | 2.50x | 40 | 30 | – | – |" in text
-    assert "| 12B: 300K, 299,008 tokens | – | – not run: its KV cache takes 118 GiB | – | – | – | – | – |" in text
+    assert "| 3B: 36K, 36,864 tokens | 5.00 | 2.00 | 2.50x | – | 40 | 30 | – | – |" in text
+    assert "| 12B: 300K, 294,912 tokens | – | – not run: its KV cache takes 118 GiB | – | – | – | – | – | – |" in text
 
 
 def test_a_side_of_a_model_that_did_not_fit_has_its_reason(tmp_path):
     row = dict(case="12B: 72K", tokens=73728, images=9, forwards={"sparse": 4}, sparse_s=9.0, sparse_peak_gib=60.0,
-        attention_share=0.25, dense_note="not run: masks of 10 GiB")  # fmt: skip
+        attention_share=0.25, beside_share=0.004, dense_note="not run: masks of 10 GiB")  # fmt: skip
     (tmp_path / "gpu-model.json").write_text(json.dumps(result("model", [row])))
-    assert "| 12B: 72K, 73,728 tokens | – not run: masks of 10 GiB | 9.00 | – | 25% |" in tables.section(tmp_path)
+    assert "| 12B: 72K, 73,728 tokens | – not run: masks of 10 GiB | 9.00 | – | 25% | 0.4% |" in tables.section(
+        tmp_path
+    )
 
 
 def test_two_plots_are_drawn_and_shown_where_there_are_results(tmp_path):
@@ -135,8 +156,11 @@ def test_two_plots_are_drawn_and_shown_where_there_are_results(tmp_path):
     assert "docs/gpu" not in readme.read_text()
     assert not (tmp_path / "docs").exists()
     longer = ATTENTION | dict(tokens=73728, speed_up=9.0)
-    dense = dict(case="d", shape="Qwen", tokens=36864, kernel="cuDNN SDPA", dense_ms=10.0, useful_tflops=650.0)
-    (found / "gpu-attention.json").write_text(json.dumps(result("attention", [dense, ATTENTION, longer])))
+    dense = dict(
+        case="d", shape="Qwen", tokens=36864, kernel="cuDNN SDPA", dense_ms=10.0, first_ms=90.0, useful_tflops=650.0
+    )
+    (found / "gpu-attention.json").write_text(json.dumps(result("attention", [dense, ATTENTION])))
+    (found / "gpu-attention_more.json").write_text(json.dumps(result("attention_more", [longer])))
     (found / "gpu-pallas.json").write_text(json.dumps(result("pallas", [PALLAS])))
     assert python(*arguments).returncode == 0
     for name in ("gpu-speed-up.svg", "gpu-tflops.svg"):
@@ -153,18 +177,28 @@ def test_two_plots_are_drawn_and_shown_where_there_are_results(tmp_path):
 
 
 def test_tables_name_machine_denominator_and_misses(tmp_path):
-    vendor = dict(case="v", shape="Qwen", tokens=36864, vendor_ms=9.5, first_ms=120.0)
-    document = result("attention", [ATTENTION, vendor, {"case": "b", "failure": "RuntimeError: x"}], left_out=["c"])
+    first = dict(case="v", kernel="cuDNN SDPA", dense_ms=10.0, first_ms=90.0, sm_mhz=[1500, 1900], throttle="0x4")
+    failed = {"case": "b", "failure": "RuntimeError: x"}
+    alone = {name: x for name, x in ATTENTION.items() if name not in ("speed_up", "bound_ms", "denominator")}
+    rows = [first, ATTENTION, alone | dict(tokens=98304), failed]
+    document = result("attention", rows, left_out=["c"], running="r")
     (tmp_path / "gpu-attention.json").write_text(json.dumps(document))
+    other = result("bounds", [])
+    other["machine"]["source"] = "t"
+    (tmp_path / "gpu-bounds.json").write_text(json.dumps(other))
     text = tables.render(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter", tmp_path)
     assert text.startswith(f"before\n{tables.BEGIN}\nMeasured on one NVIDIA H200 (driver 580.1")
     assert text.endswith(f"{tables.END}\nafter")
     row = "| Qwen 28/4, d=128, 36,864: all Sink | 2.00 | 10.00 | 5.00x | 1.50 | – out of GPU memory | 3.00 | 400 |"
     assert row in text
     assert "cuDNN SDPA, causal, the same tokens" in text
-    assert "by the vendor's kernel (ms; warm, first): Qwen 36,864: 9.50, 120.00." in text
     assert "- b: RuntimeError: x" in text
+    assert "- r: did not end" in text
     assert "- c: left out for want of time" in text
+    assert "98,304: all Sink | 2.00 | – | – | – |" in text  # the denominator failed
+    assert "v: 90.00, then 10.00" in text
+    assert "under load 1500 to 1900 MHz, reasons to throttle 0x4" in text
+    assert "source `s`: attention; commit `0123456789ab`, source `t`: bounds;" in text
 
 
 def test_results_of_two_gpus_are_not_published(tmp_path):

@@ -1,17 +1,20 @@
-"""One part in a process of its own: `python -m blindsight_gpu PART FILE SECONDS [--resume|--go-on] [--dry-run]`."""
+"""One part in a process of its own: `python -m blindsight_gpu PART FILE END [--resume|--go-on] [--dry-run]`."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
 # Seconds after which a row of a part ends the part's process, which begins anew behind it. Whole models compile long in
-# JAX; pytest has the part's time.
-ROW_SECONDS = {"correctness": None, "model": 150, "jax_model": 240}
+# JAX; what starts processes of its own ends them in the part's time.
+ROW_SECONDS = {"correctness": None, "sanitizer": None, "profile": None, "model": 200, "jax_model": 240}
 _ROW_SECONDS = 90
+# JAX counts peak memory by process: there every row has its own.
+ALONE = ("jax_model",)
 
 
 def main() -> int:
@@ -19,7 +22,8 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("part")
     parser.add_argument("file", type=Path)
-    parser.add_argument("seconds", type=float)
+    parser.add_argument("end", type=float, help="time.monotonic() after which no row is begun")
+    parser.add_argument("--command", required=True, help="what the user typed")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--go-on", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
@@ -29,6 +33,7 @@ def main() -> int:
         os.environ |= {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "NPROC": "16"}
     import torch
 
+    from blindsight_gpu.clocks import Clocks
     from blindsight_gpu.machine import describe
     from blindsight_gpu.measure import Place
     from blindsight_gpu.results import Results
@@ -37,13 +42,21 @@ def main() -> int:
         print("a CUDA GPU must be there. torch.cuda.is_available() is False: use --dry-run to test the script itself.")
         return 1
     torch.manual_seed(0)
-    machine = describe(asked.dry_run)
-    limit = None if asked.dry_run else ROW_SECONDS.get(asked.part, _ROW_SECONDS)
-    results = Results(asked.file, asked.part, machine, dry_run=asked.dry_run, seconds=asked.seconds, row_seconds=limit)
+    results = Results(
+        asked.file,
+        asked.part,
+        describe(asked.dry_run),
+        dry_run=asked.dry_run,
+        seconds=asked.end - time.monotonic(),
+        row_seconds=None if asked.dry_run else ROW_SECONDS.get(asked.part, _ROW_SECONDS),
+        alone=asked.part in ALONE and not asked.dry_run,
+        watch=(lambda begun: {}) if asked.dry_run else Clocks().since,
+        command=asked.command,
+    )
     if asked.go_on:
         results.go_on()
-    elif asked.resume:
-        results.resume()
+    else:
+        results.begin(resume=asked.resume)
     results.write()
     with torch.no_grad():
         import_module(f"blindsight_gpu.{asked.part}").run(results, Place(asked.dry_run))

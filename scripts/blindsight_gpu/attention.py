@@ -1,14 +1,14 @@
-"""Part `attention`: one layer's prefill attention, ours against every peer, at the shapes and lengths of real prompts.
+"""Part `attention`: one layer's prefill attention, ours against every peer, at the lengths that the targets speak of.
 
 Every row names its denominator. The bound is what the dense kernel's rate would allow on the pairs that are kept.
 Packing, the work list's upload and the merge are inside every timing of ours; a prompt's plan, made once for all
-layers, is a row of its own.
+layers, is a row of its own. Part `attention_more` measures the other shape and length.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 
@@ -17,52 +17,66 @@ import torch
 from torch import Tensor
 
 from blindsight_gpu import peers
-from blindsight_gpu.measure import Place, first_seconds, free, seconds_per_call
-from blindsight_gpu.prompts import TEMPLATE, Shape, lengths, make_inputs, make_layout, mixed, shapes
-from blindsight_gpu.results import Results, Row
+from blindsight_gpu.measure import Place, free, seconds_per_call
+from blindsight_gpu.prompts import TEMPLATE, Shape, lengths, make_layout, mixed, shapes, two_inputs
+from blindsight_gpu.results import Cases, Results, Row, note_of
 from blindsight_kernels.plans import build_plans
 from blindsight_kernels.triton_prefill import choose, triton_attention
 from blindsight_kernels.triton_work import build_work, pack
 from shared_profiles import Category, Layout, count_pairs
+from shared_profiles.plan import build_plan
 from torch_blindsight.mixed import mixed_attention
-from torch_blindsight.vendor import vendor_attention
 
-_NAMES = {Category.INTRA_IMAGE: "Intra-Image", Category.SINK: "Sink", Category.INTRA_IMAGE_SINK: "Intra-Image+Sink"}
-_BY_VENDOR = "all Dense, the vendor's kernel by the head"
+_MIXED = "30% Dense, rest Intra-Image+Sink"
+_VENDOR, _OURS = "all Dense, the vendor's kernel", "all Dense, our kernel"
+# Without peers: with so many dense heads, they and we compute the same.
+_ALONE = ("50% Dense, rest Intra-Image+Sink", _VENDOR, _OURS)
+SOME = ("all Intra-Image+Sink", _MIXED, _VENDOR)  # of a dry run
 Inputs = list[tuple[Tensor, Tensor, Tensor]]
 
 
 def run(results: Results, place: Place) -> None:
-    """Measures every shape and length, short prompts first."""
-    for name, n_tokens in lengths(place).items():
-        for shape in shapes(place):
-            _one_length(results, place, shape, name, n_tokens)
+    """Measures the first shape, the longest prompt first."""
+    measure(results, place, [(shapes(place)[0], name, n) for name, n in lengths(place).items()])
+
+
+def measure(results: Results, place: Place, prompts: Sequence[tuple[Shape, str, int]]) -> None:
+    """Measures every row of these shapes and lengths, which have names, in their order."""
+    results.run({case: row for prompt in prompts for case, row in _cases(results, place, *prompt).items()})
 
 
 def profiles(n_heads: int) -> dict[str, list[Category]]:
-    """The layers that are measured: every sparse category alone, and mixes with dense heads."""
-    alone = {f"all {name}": [category] * n_heads for category, name in _NAMES.items()}
-    shares = {f"{share:.0%} Dense, rest Intra-Image+Sink": mixed(n_heads, share) for share in (0.3, 0.5)}
-    return {**alone, **shares, "all Dense, our kernel": [Category.DENSE] * n_heads}
+    """The layers that are measured, those of the targets first."""
+    one = {category: [category] * n_heads for category in Category}
+    return {
+        "all Intra-Image+Sink": one[Category.INTRA_IMAGE_SINK],
+        _MIXED: mixed(n_heads, 0.3),
+        "all Intra-Image": one[Category.INTRA_IMAGE],
+        "all Sink": one[Category.SINK],
+        _VENDOR: one[Category.DENSE],
+        "50% Dense, rest Intra-Image+Sink": mixed(n_heads, 0.5),
+        _OURS: one[Category.DENSE],
+    }
 
 
-def _one_length(results: Results, place: Place, shape: Shape, length: str, n_tokens: int) -> None:
+def _cases(results: Results, place: Place, shape: Shape, length: str, n_tokens: int) -> Cases:
+    """The rows of one shape and length, by case."""
     layout = make_layout(shape, n_tokens)
     case = partial("{} {}: {}".format, shape.name, length)
     layers = profiles(shape.heads)
     if place.dry_run:
-        layers = dict(list(layers.items())[1::2])  # one of each kind
-    if all(results.get(case(name)) for name in ("plan", "dense", _BY_VENDOR, *layers)):
-        return
-    free(place)
-    inputs: Inputs = [make_inputs(shape, n_tokens, place, seed) for seed in range(2)]
-    results.measure(case("plan"), partial(_plan_row, shape, layout, inputs, place))
-    dense = results.measure(case("dense"), partial(_dense_row, shape, layout, inputs, place))
-    if dense is None:
-        return
-    results.measure(case(_BY_VENDOR), partial(_vendor_row, shape, layout, inputs, place))
-    for name, categories in layers.items():
-        results.measure(case(name), partial(_sparse_row, name, categories, shape, layout, inputs, place, dense))
+        layers = {name: layers[name] for name in SOME}
+    here = (shape, layout, place)
+    found: Cases = {case("plan"): partial(_plan_row, *here), case("dense"): partial(_dense_row, *here)}
+
+    def sparse(name: str) -> Row:
+        return _sparse_row(name, layers[name], *here, results.good(case("dense")))
+
+    return found | {case(name): partial(sparse, name) for name in layers}
+
+
+def _inputs(shape: Shape, layout: Layout, place: Place) -> Inputs:
+    return two_inputs(shape, layout.n_tokens, place)
 
 
 def _facts(shape: Shape, layout: Layout) -> Row:
@@ -75,21 +89,30 @@ def _facts(shape: Shape, layout: Layout) -> Row:
     )
 
 
-def _plan_row(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Row:
+def _plan_row(shape: Shape, layout: Layout, place: Place) -> Row:
     """What attention costs beside the kernel.
 
     Once a prompt, on the host: the plan of a prompt never seen before, and its work list, uploaded. In every layer:
     packing keys and values, on the device, and the host's part of a launch.
     """
+    inputs = _inputs(shape, layout, place)
+    return {**_facts(shape, layout), **costs_beside(shape, layout, inputs, place)}
+
+
+def costs_beside(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Row:
+    """Those costs in ms, of a plan that is not in the cache, and its bytes."""
     q, k, v = inputs[0]
     tiles = choose(q)
+    build_plan.cache_clear()
     begun = time.perf_counter()
     plan = build_plans([layout], TEMPLATE, block_q=tiles.block_q)[0]
     planned = time.perf_counter()
     work = build_work((plan,), tiles.block_k, place.device)
     place.wait()
     built = time.perf_counter()
-    pack_s = seconds_per_call(lambda turn: (pack(inputs[turn % 2][1], work), pack(inputs[turn % 2][2], work)), place)
+    pack_s = seconds_per_call(
+        lambda turn: (pack(inputs[turn % len(inputs)][1], work), pack(inputs[turn % len(inputs)][2], work)), place
+    )
     launched = []
     for _ in range(1 if place.dry_run else 5):
         place.wait()
@@ -97,7 +120,6 @@ def _plan_row(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Row
         triton_attention(q, k, v, [layout], [Category.INTRA_IMAGE_SINK] * shape.heads, TEMPLATE, scale=shape.dim**-0.5)
         launched.append(time.perf_counter() - begin)
     return {
-        **_facts(shape, layout),
         "plan_ms": 1e3 * (planned - begun),
         "plan_bytes": plan.nbytes,
         "work_ms": 1e3 * (built - planned),
@@ -106,11 +128,12 @@ def _plan_row(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Row
     }
 
 
-def _dense_row(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Row:
+def _dense_row(shape: Shape, layout: Layout, place: Place) -> Row:
     """The denominator: causal attention of the same tokens by the vendor's kernel."""
+    inputs = _inputs(shape, layout, place)
     q, k, v = inputs[0]
     _, name = peers.causal_dense(q[:, :, :128], k[:, :, :128], v[:, :, :128], place)
-    first = first_seconds(lambda turn: peers.causal_dense(*inputs[turn], place), place)
+    first = _first(lambda: peers.causal_dense(q, k, v, place), place)
     seconds = seconds_per_call(lambda turn: peers.causal_dense(*inputs[turn % 2], place), place)
     pairs = shape.heads * layout.n_tokens * (layout.n_tokens + 1) // 2
     return {
@@ -123,16 +146,13 @@ def _dense_row(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Ro
     }
 
 
-def _vendor_row(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Row:
-    """All heads dense by the vendor's kernel, one at a time: the first call at this length, then warm."""
-    q = inputs[0][0]
-    out, lse = torch.empty_like(q.transpose(1, 2)), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-    def attend(turn: int) -> None:
-        vendor_attention(out, lse, *inputs[turn % 2], [layout], range(shape.heads), scale=shape.dim**-0.5)
-
-    first, warm = first_seconds(attend, place), seconds_per_call(attend, place)
-    return {**_facts(shape, layout), "vendor_ms": 1e3 * warm, "first_ms": 1e3 * first}
+def _first(call: Callable[[], object], place: Place) -> float:
+    """Seconds of a first call, waited for: libraries plan, and kernels compile, for every new length."""
+    place.wait()
+    begun = time.perf_counter()
+    call()
+    place.wait()
+    return time.perf_counter() - begun
 
 
 def _rate(pairs: int, shape: Shape, seconds: float) -> Row:
@@ -144,38 +164,46 @@ def _sparse_row(
     categories: list[Category],
     shape: Shape,
     layout: Layout,
-    inputs: Inputs,
     place: Place,
-    dense: Row,
+    dense: Row | None,
 ) -> Row:
-    """One profile by our kernel and by each peer that can."""
-    scale = shape.dim**-0.5
-    ours = triton_attention if "our kernel" in name else mixed_attention
+    """One profile by our kernel and by each peer that can; without `dense`, against nothing."""
+    inputs, scale = _inputs(shape, layout, place), shape.dim**-0.5
+    ours = triton_attention if name == _OURS else mixed_attention
     arguments = ([layout], categories, TEMPLATE)
+    first = _first(lambda: ours(*inputs[0], *arguments, scale=scale), place)
     seconds = seconds_per_call(lambda turn: ours(*inputs[turn % 2], *arguments, scale=scale), place)
     pairs = sum(count_pairs(layout, category, TEMPLATE).total for category in categories)
-    kept = pairs / dense["pairs"]
     row = {
         **_facts(shape, layout),
         "profile": name,
-        "kept": kept,
         "ours_ms": 1e3 * seconds,
-        "speed_up": dense["dense_ms"] / (1e3 * seconds),
-        "denominator": f"{dense['kernel']}, causal, the same tokens",
-        "bound_ms": dense["dense_ms"] * kept,
+        "first_ms": 1e3 * first,
         **_rate(pairs, shape, seconds),
     }
+    if dense is not None:
+        kept = pairs / dense["pairs"]
+        row |= {
+            "kept": kept,
+            "speed_up": dense["dense_ms"] / row["ours_ms"],
+            "denominator": f"{dense['kernel']}, causal, the same tokens",
+            "bound_ms": dense["dense_ms"] * kept,
+        }
+    if name in _ALONE:
+        return row
     out = ours(*inputs[0], *arguments, scale=scale)[0]  # [1, N, H, D]
-    images = torch.from_numpy(_image_rows(layout)).to(place.device)
+    rows = torch.from_numpy(_some_rows(layout)).to(place.device)
+    want = out[0, rows].transpose(0, 1)  # [H, n_rows, D]
+    del out
     for peer, make in _peers(categories, shape, layout, place).items():
-        row |= _peer(peer, make, inputs, place, out[0, images].transpose(0, 1), images)
+        row |= _peer(peer, make, inputs, place, want, rows)
     return row
 
 
-def _image_rows(layout: Layout) -> np.ndarray:
-    """Some rows of images, where every peer must agree with us."""
-    first, last = layout.images[:, 1], layout.images[:, 2]
-    return np.concatenate([first, last - 1])
+def _some_rows(layout: Layout) -> np.ndarray:
+    """Some rows of images and of text, where every peer must agree with us."""
+    begin, first, last, _ = layout.images.T
+    return np.concatenate([begin, first, last - 1, last, [layout.n_tokens - 1]])
 
 
 def _peers(
@@ -184,6 +212,8 @@ def _peers(
     """How each peer is set up for a case."""
 
     def varlen() -> peers.VarlenComposition:
+        if place.dry_run:
+            raise peers.DoesNotFit("varlen_attn needs a GPU")
         if len(set(categories)) > 1:
             raise peers.DoesNotFit("composed for layers of one category")
         return peers.VarlenComposition(
@@ -218,7 +248,7 @@ def _peer(
     except torch.cuda.OutOfMemoryError:
         return {f"{peer}_note": "out of GPU memory"}
     except Exception as error:  # a peer that breaks is a finding about the peer, kept in the row
-        return {f"{peer}_note": f"failed: {type(error).__name__}: {str(error)[:200]}"}
+        return {f"{peer}_note": note_of(error)}
     if isinstance(attend, peers.Flex):
         row |= {"flex_mask_ms": 1e3 * attend.mask_seconds, "flex_mask_mib": attend.mask_bytes / 2**20}
     return row

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blindsight_gpu.measure import Place, free
-from blindsight_gpu.prompts import TEMPLATE, Shape, make_layout, row_tables
+from blindsight_gpu.prompts import LENGTHS, TEMPLATE, Shape, make_layout, row_tables
 from blindsight_gpu.results import Results, Row
 from blindsight_kernels.triton_prefill import triton_attention
 from shared_profiles import Category, Layout, SinkTemplate
@@ -28,19 +28,22 @@ def run(results: Results, place: Place) -> None:
     causal = Shape("Qwen2.5-VL-7B", 28, 4, 128, 2048, False)
     wide = Shape("64 query heads", 64, 8, 128, 2048, False)
     both_ways = Shape("Gemma-3-12B", 16, 8, 256, 256, True)
-    length = 299_008
+    length = LENGTHS["300K"]
     if place.dry_run:
         causal, wide, both_ways = (Shape("toy", 4, 2, 16, 24, images) for images in (False, False, True))
         length = 128
     cases = [("300K", causal, False), ("past 2**31", wide, True), ("both ways", both_ways, False)]
-    for name, shape, far in cases:
-        free(place)
-        results.measure(f"{name}: {shape.name}", partial(_launch, triton_attention, shape, length, place, far=far))
+    rows = {
+        f"{name}: {shape.name}": partial(_launch, triton_attention, shape, length, place, far=far)
+        for name, shape, far in cases
+    }
     if place.dry_run:
         cases = [("both ways", replace(both_ways, heads=1, kv_heads=1, dim=64), False)]
-    for name, shape, far in cases:
-        free(place)
-        results.measure(f"Pallas, {name}: {shape.name}", partial(_launch, pallas, shape, length, place, far=far))
+    rows |= {
+        f"Pallas, {name}: {shape.name}": partial(_launch, pallas, shape, length, place, far=far)
+        for name, shape, far in cases
+    }
+    results.run(rows)
 
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
@@ -90,6 +93,7 @@ def _launch(attend: Attend, shape: Shape, n_tokens: int, place: Place, *, far: b
     Raises:
         AssertionError: not equal on repeat, or an error past the bar.
     """
+    free(place)
     layout = make_layout(shape, n_tokens)
     q, k, v = draw(shape, n_tokens, place, spread=far and attend is not pallas)
     if attend is pallas:

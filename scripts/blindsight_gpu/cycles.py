@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from blindsight_gpu.prompts import GEMMA, QWEN, TEMPLATE, Shape, make_layout
+from blindsight_gpu.prompts import GEMMA, LENGTHS, QWEN, TEMPLATE, Shape, make_layout
 from blindsight_kernels.plans import build_plans
 from blindsight_kernels.triton_compile import ELEMENT_SIZES, compile_kernel
 from blindsight_kernels.triton_configurations import Configuration, configuration
@@ -187,7 +187,7 @@ def main() -> None:
             )
     print("\n| shape, tokens | category | tiles | predicted ms | useful TFLOP/s |")
     print("|---|---|---|---:|---:|")
-    for shape, n_tokens in ((QWEN, 100_096), (QWEN, 299_008), (GEMMA, 100_096)):
+    for shape, n_tokens in ((QWEN, LENGTHS["100K"]), (QWEN, LENGTHS["300K"]), (GEMMA, LENGTHS["100K"])):
         layout = make_layout(shape, n_tokens)
         for category in (Category.INTRA_IMAGE, Category.INTRA_IMAGE_SINK, Category.SINK):
             for tiles in candidates(shape.dim):

@@ -54,7 +54,10 @@ def compile_for(function: Callable[..., Any], *arguments: Any) -> tuple[Callable
 
 
 def peak_gib(place: Place) -> float | None:
-    """Peak GPU memory of JAX since the process began, and what torch holds now, in GiB. None in a dry run."""
+    """Peak GPU memory of JAX since the process began, which its one row explains, and what torch holds now, in GiB.
+
+    None in a dry run.
+    """
     if place.dry_run:
         return None
     peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"] + torch.cuda.memory_allocated()

@@ -1,14 +1,14 @@
-"""Part `jax_model`: time to first token of the same whole models in JAX, dense and sparse, and calibrating one prompt.
+"""Part `jax_model`: prefill of the same language models in JAX, dense and sparse, and calibrating one prompt.
 
 `jax_blindsight.sparse_prefill` with random image features in the place of the vision tower's, as in part `model`; the
-KV cache, which torch leaves out there, is returned. Every row is one side of one length, compiled on its own: what is
-left out for want of time costs no other row.
+KV cache, which torch leaves out there, is returned. Every row is one side of one length in a process of its own, for
+JAX counts its peak memory since the process began.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 import jax_blindsight.prefill
-from blindsight_gpu.calibration import GRADIENT, LENGTHS
-from blindsight_gpu.in_jax import peak_gib, shared
+from blindsight_gpu import calibration
+from blindsight_gpu.in_jax import peak_gib, seconds_per_jax_call, shared
 from blindsight_gpu.measure import Place, free
 from blindsight_gpu.model import DENSE_SHARE
-from blindsight_gpu.models import Size, make_config, make_prompt, n_images, sizes
+from blindsight_gpu.models import Size, make_config, make_prompt, n_image_tokens, n_images, sizes
+from blindsight_gpu.pallas import Inputs
 from blindsight_gpu.prompts import TEMPLATE, lengths, mixed
-from blindsight_gpu.results import Results, Row
+from blindsight_gpu.results import Cases, Results, Row
 from jax_blindsight import Params, sparse_prefill
 from jax_blindsight.buckets import bucket
 from jax_blindsight.calibration import measure
@@ -42,29 +43,26 @@ _MOST_CACHE = 70 << 30
 
 
 def run(results: Results, place: Place) -> None:
-    """Measures the 7B shape, then 3B and its calibration, then Gemma; short prompts first."""
-    for size in sizes(place):
-        cases = {
-            f"{size.name}: {name}, {side}": n for name, n in lengths(place).items() for side in ("sparse", "dense")
-        }
-        calibrations = {}
-        if size.name in ("Qwen2.5-VL-3B", "toy Qwen2.5-VL"):
-            found, gradient = ({"toy": 128}, "toy") if place.dry_run else (LENGTHS, GRADIENT)
-            calibrations = {f"{size.name}: {name}, calibration": n for name, n in found.items()}
-            calibrations[f"{size.name}: {gradient}, gradient"] = found[gradient]
-        everything = [*cases, *calibrations]
-        if all(results.get(case) for case in everything) or results.over:
-            results.leave_out(everything)
-            continue
-        free(place)
-        params = make_params(size, place)
-        for case, n_tokens in cases.items():
-            results.measure(case, partial(_prefill, params, size, n_tokens, case.endswith("dense"), place))
-        for case, n_tokens in calibrations.items():
-            budget = Budget() if case.endswith("gradient") else None
-            results.measure(case, partial(_calibrate, params, size, n_tokens, budget, place))
-        del params
-        jax.clear_caches()
+    """Measures the first model at the lengths of the targets, then the second's calibration, then the rest."""
+    found, models = lengths(place), sizes(place)
+    first = list(found) if place.dry_run else ["36K", "300K"]
+    calibrated = next(size for size in models if place.dry_run or "3B" in size.name)
+    cases: Cases = {}
+
+    def prefills(size: Size, names: Iterable[str]) -> None:
+        for name in names:
+            for side in ("sparse", "dense"):
+                case = f"{size.name}: {name}, {side}"
+                cases.setdefault(case, partial(_prefill, size, found[name], side == "dense", place))
+
+    prefills(models[0], first)
+    for name, one in calibration.cases(place).items():
+        length, _, how = name.partition(", ")
+        case = f"{calibrated.name}: {length}, {'gradient' if how else 'calibration'}"
+        cases[case] = partial(_calibrate, calibrated, *one, place)
+    for size in models:
+        prefills(size, reversed(found))
+    results.run(cases)
 
 
 def make_params(size: Size, place: Place) -> Params:
@@ -87,20 +85,21 @@ def make_params(size: Size, place: Place) -> Params:
     return Params(weights, config, profile, print_, settings.to_json_string())
 
 
-def make_inputs(size: Size, n_tokens: int) -> tuple[dict[str, np.ndarray], int]:
-    """The prompt of part `model` in NumPy, with pixels that take no memory, and how many images it has."""
+def make_inputs(size: Size, n_tokens: int) -> tuple[dict[str, np.ndarray], int, int]:
+    """The prompt of part `model` in NumPy, with pixels that take no memory; its images, and all their tokens."""
     prompt = make_prompt(size, n_tokens, Place(dry_run=True))
     n = n_images(prompt)
     arrays = {name: x.numpy() for name, x in prompt.items()}
-    shape = (n, 3, size.image, size.image) if size.window is not None else (n * size.image**2, 3 * 2 * 14 * 14)
+    patches = 4 * n_image_tokens(prompt)
+    shape = (n, 3, size.image, size.image) if size.window is not None else (patches, 3 * 2 * 14 * 14)
     arrays["pixel_values"] = np.broadcast_to(np.zeros((), ml_dtypes.bfloat16), shape)
-    return arrays, n
+    return arrays, n, n_image_tokens(prompt)
 
 
 @contextmanager
 def without_tower(size: Size, n: int, place: Place) -> Iterator[None]:
-    """Gives random features for `n` images instead of running the vision tower on them."""
-    drawn = torch.randn(n * size.image_tokens, size.hidden, dtype=place.dtype, device=place.device)
+    """Gives random features for `n` image tokens instead of running the vision tower."""
+    drawn = torch.randn(n, size.hidden, dtype=place.dtype, device=place.device)
     features = shared(drawn)
 
     with (
@@ -110,13 +109,14 @@ def without_tower(size: Size, n: int, place: Place) -> Iterator[None]:
         yield
 
 
-def _prefill(params: Params, size: Size, n_tokens: int, dense: bool, place: Place) -> Row:
+def _prefill(size: Size, n_tokens: int, dense: bool, place: Place) -> Row:
     """Seconds of one prompt's prefill, of the host's part, and of the first call, which compiles."""
     cache = 2 * size.layers * size.kv_heads * n_tokens * size.dim * place.dtype.itemsize
     if cache > _MOST_CACHE:
         return {"tokens": n_tokens, "note": f"not run: its KV cache takes {cache / 2**30:.0f} GiB"}
     free(place)
-    inputs, n = make_inputs(size, n_tokens)
+    params = make_params(size, place)
+    inputs, n, n_drawn = make_inputs(size, n_tokens)
     done: Any = None
 
     def once() -> float:
@@ -127,9 +127,9 @@ def _prefill(params: Params, size: Size, n_tokens: int, dense: bool, place: Plac
         jax.block_until_ready(done.logits)
         return time.perf_counter() - begun
 
-    with without_tower(size, n, place):
+    with without_tower(size, n_drawn, place):
         first, seconds = _timed(once, place)
-    return {
+    row = {
         "tokens": n_tokens,
         "images": n,
         "dense_heads": 1.0 if dense else DENSE_SHARE,
@@ -140,22 +140,28 @@ def _prefill(params: Params, size: Size, n_tokens: int, dense: bool, place: Plac
         "compile_s": max(first - seconds, 0.0),
         "peak_gib": peak_gib(place),
     }
+    done = None
+    if not dense and size.window is None:  # all layers are alike
+        call, _ = Inputs(size.shape, n_tokens, place).mixed(mixed(size.heads, DENSE_SHARE))
+        row["attention_share"] = size.layers * seconds_per_jax_call(call, place) / seconds
+    return row
 
 
-def _calibrate(params: Params, size: Size, n_tokens: int, budget: Budget | None, place: Place) -> Row:
+def _calibrate(size: Size, n_tokens: int, budget: Budget | None, place: Place) -> Row:
     """Seconds of measuring one prompt in every layer, head and category: `calibrate` without reading 1 GB of pixels.
 
     For a budget by a backward pass, too, as by default.
     """
     free(place)
-    inputs, n = make_inputs(size, n_tokens)
+    params = make_params(size, place)
+    inputs, n, n_drawn = make_inputs(size, n_tokens)
 
     def once() -> float:
         begun = time.perf_counter()
         measure(params, inputs, TEMPLATE, rankings=rankings_for(budget))
         return time.perf_counter() - begun
 
-    with without_tower(size, n, place):
+    with without_tower(size, n_drawn, place):
         first, seconds = _timed(once, place)
     return {
         "tokens": n_tokens,

@@ -13,6 +13,8 @@ import torch
 
 _WARM_UP, _LEAST, _MOST = 2, 3, 15
 _BUDGET = 0.5  # seconds of repeats of one case, once warm
+# Seconds of a call from which the warm-up itself is the measurement, and below which it is repeated.
+_LONG, _SHORT = 10.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,22 @@ def peak_gib(call: Callable[[], object], place: Place) -> float | None:
     call()
     torch.cuda.synchronize()
     return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+
+
+def peak_and_seconds(call: Callable[..., object], place: Place) -> tuple[float | None, float]:
+    """Peak GPU memory of a long call, as `peak_gib`, and its seconds.
+
+    The call that measures the peak warms up; where it takes long, what it warms up is next to nothing, and it is the
+    measurement.
+    """
+    begun = time.perf_counter()
+    peak = peak_gib(call, place)
+    seconds = time.perf_counter() - begun
+    if seconds < _LONG:
+        seconds = seconds_per_call(call, place, once=True)
+    if seconds < _SHORT and not place.dry_run:
+        seconds = seconds_per_call(call, place)
+    return peak, seconds
 
 
 def free(place: Place) -> None:

@@ -1,56 +1,77 @@
 """Part `model`: time to first token of whole models, dense and sparse, the vision tower apart and included.
 
 Dense is the same model unpatched, transformers' SDPA with cuDNN first. Sparse is `torch_blindsight.patch` with the
-default kernel and a profile of 30% `DENSE` heads, the rest `INTRA_IMAGE_SINK`. The plan is made anew in every run.
+default kernel and a profile of 30% `DENSE` heads, the rest `INTRA_IMAGE_SINK`. The plan is made anew in every run, as
+for a prompt never seen before.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blindsight_gpu.measure import Place, free, peak_gib, seconds_per_call
-from blindsight_gpu.models import Size, encode_images, make_model, make_prompt, n_images, sizes, without_tower
+from blindsight_gpu.attention import costs_beside
+from blindsight_gpu.measure import Place, free, peak_and_seconds, seconds_per_call
+from blindsight_gpu.models import (
+    Size,
+    encode_images,
+    make_model,
+    make_prompt,
+    n_image_tokens,
+    n_images,
+    sizes,
+    without_tower,
+)
 from blindsight_gpu.prompts import TEMPLATE, lengths, make_inputs, make_layout, mixed
-from blindsight_gpu.results import Results, Row
+from blindsight_gpu.results import Cases, Results, Row
+from shared_profiles.plan import build_plan
 from shared_profiles.profile import Profile
 from torch_blindsight import fingerprint, patch
 from torch_blindsight.mixed import mixed_attention
 
 DENSE_SHARE = 0.3
 _TOWER_IMAGES = 4  # the tower's time is per image, and linear in them
-_ONCE, _LONG = 5.0, 10.0  # seconds of a forward from which one run after the warm-up must do, and the warm-up itself
-# Transformers gives Gemma's dense attention boolean masks of N x N, two of them, which no fast kernel takes: longer
-# prompts than this would spend the time of a whole part, or all memory, on the denominator.
-_LONGEST_MASKED = 40_000
+# Transformers gives Gemma's dense attention boolean masks of N x N, two of them, of which torch makes one in bfloat16:
+# no fast kernel takes them, and at 300K tokens no GPU holds them.
+_MOST_MASKED = 60 << 30
 
 
 def run(results: Results, place: Place) -> None:
-    """Measures the 7B shape, then 3B, then Gemma; short prompts first."""
-    for size in sizes(place):
-        cases = [f"{size.name}: {name}" for name in lengths(place)]
-        if all(results.get(case) for case in cases) or results.over:
-            results.leave_out(cases)
-            continue
-        free(place)
-        model = make_model(size, place)
-        tower = results.measure(f"{size.name}: vision tower", partial(_tower, model, size, place))
-        for case, n_tokens in zip(cases, lengths(place).values(), strict=True):
-            free(place)
-            results.measure(case, partial(_language, model, size, n_tokens, place, tower))
-        del model
+    """Measures the 7B shape, then Gemma, then 3B, the longest prompt first; last what may take all the time left."""
+    found = lengths(place)
+    order = [(size, name) for size in sizes(place) for name in found]
+    if not place.dry_run:
+        large, small, gemma = sizes(place)
+        order = [(large, name) for name in found] + [(gemma, "36K"), (gemma, "300K")]
+        order += [(small, name) for name in found] + [(gemma, "100K")]
+    cases: Cases = {}
+    for size, name in order:
+        cases.setdefault(_tower_case(size), partial(_tower, size, place))
+        cases[f"{size.name}: {name}"] = partial(_language, results, size, found[name], place)
+    results.run(cases)
 
 
-def _tower(model: Any, size: Size, place: Place) -> Row:
+def _tower_case(size: Size) -> str:
+    return f"{size.name}: vision tower"
+
+
+@lru_cache(maxsize=1)
+def _model(size: Size, place: Place) -> Any:
+    """The model of the rows being measured, made in the first of them."""
+    free(place)
+    return make_model(size, place)
+
+
+def _tower(size: Size, place: Place) -> Row:
     """Seconds of the vision tower per image."""
+    model = _model(size, place)
     n = 1 if place.dry_run else _TOWER_IMAGES
     encode = encode_images(model, size, n, place)
     seconds = seconds_per_call(lambda turn: encode(), place)
@@ -64,8 +85,10 @@ def make_profile(model: Any, dense_share: float) -> Profile:
     return Profile(categories, TEMPLATE, print_, None, {"method": "manual", "dense_share": dense_share})
 
 
-def _language(model: Any, size: Size, n_tokens: int, place: Place, tower: Row | None) -> Row:
+def _language(results: Results, size: Size, n_tokens: int, place: Place) -> Row:
     """One prompt, dense and sparse, without the tower; with it by adding its time per image."""
+    free(place)
+    model, tower = _model(size, place), results.good(_tower_case(size))
     prompt = make_prompt(size, n_tokens, place)
     row: Row = {
         "tokens": n_tokens,
@@ -75,22 +98,24 @@ def _language(model: Any, size: Size, n_tokens: int, place: Place, tower: Row | 
     }
 
     def forward(turn: int = 0) -> None:
+        build_plan.cache_clear()
         model(**prompt, use_cache=False, logits_to_keep=1)
 
     with without_tower(model, size, place), _vendor(place):
         with patch(model, make_profile(model, DENSE_SHARE), impl="triton", break_even=False) as handle:
             row |= _side("sparse", forward, place)
             row["forwards"] = handle.report()["forwards"]
-        if size.window is not None and n_tokens > _LONGEST_MASKED:
-            row["dense_note"] = f"not run: masks of {2 * n_tokens**2 / 2**30:.0f} GiB"
+        masks = 0 if size.window is None else 4 * n_tokens**2
+        if masks > _MOST_MASKED:
+            row["dense_note"] = f"not run: masks of {masks / 2**30:.0f} GiB"
         else:
             row |= _side("dense", forward, place)
     if "sparse_s" in row:
-        row["attention_share"] = _attention_seconds(model, size, n_tokens, place) / row["sparse_s"]
+        row |= _shares(model, size, n_tokens, row["sparse_s"], place)
         if "dense_s" in row:
             row["speed_up"] = row["dense_s"] / row["sparse_s"]
     if tower:
-        seen = row["images"] * tower["seconds_per_image"]
+        seen = n_image_tokens(prompt) / size.image_tokens * tower["seconds_per_image"]
         row["tower_s"] = seen
         if "speed_up" in row:
             row["ttft_speed_up"] = (row["dense_s"] + seen) / (row["sparse_s"] + seen)
@@ -98,26 +123,20 @@ def _language(model: Any, size: Size, n_tokens: int, place: Place, tower: Row | 
 
 
 def _side(side: str, forward: Callable[..., None], place: Place) -> Row:
-    """Columns of the dense or the sparse side: seconds and peak memory, or why there are none.
-
-    The forward that measures the peak warms up; where it takes long, what it warms up is next to nothing, and it is the
-    measurement.
-    """
+    """Columns of the dense or the sparse side: seconds and peak memory, or why there are none."""
     try:
-        begun = time.perf_counter()
-        peak = peak_gib(forward, place)
-        seconds = time.perf_counter() - begun
-        if seconds < _LONG:
-            seconds = seconds_per_call(forward, place, once=True)
-        if seconds < _ONCE and not place.dry_run:
-            seconds = seconds_per_call(forward, place)
+        peak, seconds = peak_and_seconds(forward, place)
     except torch.OutOfMemoryError:
         return {f"{side}_note": "out of GPU memory"}
     return {f"{side}_s": seconds, f"{side}_peak_gib": peak}
 
 
-def _attention_seconds(model: Any, size: Size, n_tokens: int, place: Place) -> float:
-    """Seconds of the sparse attention of all layers, each kind of layer measured alone."""
+def _shares(model: Any, size: Size, n_tokens: int, total: float, place: Place) -> Row:
+    """Shares of the sparse forward: attention in all layers, each kind measured alone, and what it costs beside.
+
+    Beside: one plan and work list, and in every layer packing and the host's part of a launch, which the device need
+    not wait for.
+    """
     free(place)
     text = model.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * size.layers
@@ -130,7 +149,9 @@ def _attention_seconds(model: Any, size: Size, n_tokens: int, place: Place) -> f
             mixed_attention(*inputs, [layout], categories, TEMPLATE, scale=size.dim**-0.5, window=window)
 
         seconds += n_layers * seconds_per_call(attend, place)
-    return seconds
+    costs = costs_beside(size.shape, layout, [inputs], place)
+    beside = costs["plan_ms"] + costs["work_ms"] + size.layers * (costs["pack_ms"] + costs["launch_ms"])
+    return {"attention_share": seconds / total, "beside_share": beside / 1e3 / total}
 
 
 def _vendor(place: Place) -> Any:

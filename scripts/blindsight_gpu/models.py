@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from blindsight_gpu.measure import Place
-from blindsight_gpu.prompts import Shape
+from blindsight_gpu.prompts import TEXT, Shape, image_sizes
 
 _START, _END, _IMAGE, _VIDEO = 3, 4, 5, 6
-_TEXT, _QUESTION = 8, 64
+_QUESTION = 64  # text tokens at least at the end
 _MROPE = {128: [16, 24, 24], 16: [2, 3, 3]}
 
 
@@ -144,18 +144,23 @@ def make_model(size: Size, place: Place) -> Any:
 
 
 def make_prompt(size: Size, n_tokens: int, place: Place) -> dict[str, Tensor]:
-    """As many images as fit into `n_tokens`, and words; `pixel_values` has the right length and no content."""
+    """As many images as fit into `n_tokens`, and words; `pixel_values` has the right length and no content.
+
+    The last image is as wide as the prompt has room for, where the family knows images of several sizes.
+    """
+    column = size.image // 2  # tokens
+    step = column if size.window is None else size.image_tokens
+    images = image_sizes(n_tokens, size.image_tokens, TEXT + 2, _QUESTION, step)
     words = [10 + i % 400 for i in range(n_tokens)]
-    one = [*words[:_TEXT], _START, *[_IMAGE] * size.image_tokens, _END]
-    n_images = (n_tokens - _QUESTION) // len(one)
-    ids = torch.tensor([[*one * n_images, *words][:n_tokens]], device=place.device)
+    body = [token for n in images for token in (*words[:TEXT], _START, *[_IMAGE] * n, _END)]
+    ids = torch.tensor([[*body, *words][:n_tokens]], device=place.device)
     types = (ids == _IMAGE).long()
     prompt = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     if size.window is not None:
-        return prompt | dict(token_type_ids=types, pixel_values=torch.empty(n_images, 0, device=place.device))
+        return prompt | dict(token_type_ids=types, pixel_values=torch.empty(len(images), 0, device=place.device))
     return prompt | dict(
         mm_token_type_ids=types,
-        image_grid_thw=torch.tensor([[1, size.image, size.image]] * n_images, device=place.device),
+        image_grid_thw=torch.tensor([[1, size.image, 2 * n // column] for n in images], device=place.device),
         pixel_values=torch.empty(0, dtype=place.dtype, device=place.device),
     )
 
@@ -163,6 +168,11 @@ def make_prompt(size: Size, n_tokens: int, place: Place) -> dict[str, Tensor]:
 def n_images(prompt: dict[str, Tensor]) -> int:
     """Images of a prompt."""
     return int((prompt["input_ids"] == _START).sum())
+
+
+def n_image_tokens(prompt: dict[str, Tensor]) -> int:
+    """Tokens of all images of a prompt."""
+    return int((prompt["input_ids"] == _IMAGE).sum())
 
 
 def encode_images(model: Any, size: Size, n: int, place: Place) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -24,7 +24,9 @@ import torch
 from blindsight_gpu.in_jax import compile_for, seconds_per_jax_call, shared
 from blindsight_gpu.measure import Place, free, seconds_per_call
 from blindsight_gpu.prompts import (
+    ANOTHER,
     GEMMA,
+    LENGTHS,
     QWEN,
     TEMPLATE,
     Shape,
@@ -34,7 +36,7 @@ from blindsight_gpu.prompts import (
     mixed,
     row_tables,
 )
-from blindsight_gpu.results import Results, Row
+from blindsight_gpu.results import Cases, Results, Row, note_of
 from blindsight_kernels.pallas_configurations import configuration
 from blindsight_kernels.pallas_prefill import pallas_attention
 from blindsight_kernels.pallas_requirements import plgpu
@@ -53,36 +55,42 @@ _PROFILES = {
     "all Sink": Category.SINK,
     "all Dense, our kernel": Category.DENSE,
 }
+_NAMES = ("all Intra-Image+Sink", _MIXED, "all Intra-Image", "all Sink", "all Dense, our kernel")
 _TOY = Shape("toy", 1, 1, 64, 40, False)
-_ORDER = ("144K", "36K", "300K", "72K")  # what the targets speak of first
 
 
 def run(results: Results, place: Place) -> None:
-    """Measures every shape and length, Qwen's first."""
-    found = lengths(place)
-    order = list(found) if place.dry_run else _ORDER
-    for shape in [_TOY] if place.dry_run else [QWEN, GEMMA]:
-        for name in order:
-            _one_length(results, place, shape, name, found[name])
+    """Measures Qwen's shape and Gemma's, the lengths of the targets first."""
+    found = lengths(place) if place.dry_run else LENGTHS | ANOTHER
+    order = [(_TOY, name) for name in found]
+    if not place.dry_run:
+        order = [(QWEN, "300K"), (QWEN, "100K"), (GEMMA, "100K"), (QWEN, "36K"), (GEMMA, "300K"), (QWEN, "144K")]
+    cases: Cases = {}
+    for shape, length in order:
+        case = partial("{} {}: {}".format, shape.name, length)
+        here = (shape, found[length], place)
+        cases[case("dense")] = partial(_dense_row, *here)
+        for name in ("all Intra-Image+Sink", _MIXED) if place.dry_run else _NAMES:
+            cases[case(name)] = partial(_sparse_row, name, *here, partial(results.good, case("dense")))
+    results.run(cases)
 
 
-def _one_length(results: Results, place: Place, shape: Shape, length: str, n_tokens: int) -> None:
-    case = partial("{} {}: {}".format, shape.name, length)
-    names = [*_PROFILES, _MIXED]
-    if place.dry_run:
-        names = [names[0], _MIXED]
-    cases = [case(name) for name in ("dense", *names)]
-    if all(results.get(one) for one in cases) or results.over:
-        results.leave_out(cases)
-        return
+def _dense_row(shape: Shape, n_tokens: int, place: Place) -> Row:
+    return _inputs(shape, n_tokens, place).dense_row()
+
+
+def _sparse_row(name: str, shape: Shape, n_tokens: int, place: Place, dense: Callable[[], Row | None]) -> Row:
+    return _inputs(shape, n_tokens, place).sparse_row(name, dense())
+
+
+@lru_cache(maxsize=1)
+def _inputs(shape: Shape, n_tokens: int, place: Place) -> Inputs:
+    """Those of the length being measured, made in the first of its rows."""
     free(place)
-    inputs = _Inputs(shape, n_tokens, place)
-    dense = results.measure(case("dense"), inputs.dense_row)
-    for name in names:
-        results.measure(case(name), partial(inputs.sparse_row, name, dense))
+    return Inputs(shape, n_tokens, place)
 
 
-class _Inputs:
+class Inputs:
     """Two sets of queries, keys and values of one length, in torch and in JAX, and what was compiled for them."""
 
     def __init__(self, shape: Shape, n_tokens: int, place: Place) -> None:
@@ -113,7 +121,7 @@ class _Inputs:
         """One profile by Pallas and, on the same inputs, by Triton; what tokamax does of it."""
         heads = self.shape.heads
         categories = mixed(heads, 0.3) if name == _MIXED else [_PROFILES[name]] * heads
-        call, compile_s = self._mixed(categories) if name == _MIXED else self._alone(categories)
+        call, compile_s = self.mixed(categories) if name == _MIXED else self._alone(categories)
         first = call(0)
         seconds = seconds_per_jax_call(call, self.place)
         pairs = sum(count_pairs(self.layout, category, TEMPLATE).total for category in categories)
@@ -172,7 +180,7 @@ class _Inputs:
         compiled, compile_s = self._of_categories
         return lambda turn: compiled(*self.jax[turn % 2], work, heads), compile_s
 
-    def _mixed(self, categories: list[Category]) -> tuple[Callable[[int], jax.Array], float]:
+    def mixed(self, categories: list[Category]) -> tuple[Callable[[int], jax.Array], float]:
         """The attention of a model's layer, whose dense heads go to cuDNN; the portable one in a dry run."""
         n, dim = self.layout.n_tokens, self.shape.dim
         impl: Name = "portable" if self.place.dry_run else "pallas"
@@ -207,7 +215,7 @@ class _Inputs:
             seconds = seconds_per_call(attend_in_torch, self.place)
             want = attend_in_torch(0)
         except Exception as error:  # kept in the row: the Pallas kernel's own figures stay
-            return {"triton_note": f"failed: {type(error).__name__}: {str(error)[:200]}"}
+            return {"triton_note": note_of(error)}
         some = want[0, torch.from_numpy(self._rows).to(want.device)].float().cpu().numpy()
         return {
             "triton_ms": 1e3 * seconds,
@@ -234,7 +242,7 @@ class _Inputs:
             compiled, compile_s = compile_for(attend, *by_row[0], ranges)
             seconds = seconds_per_jax_call(lambda turn: compiled(*by_row[turn % 2], ranges), self.place)
         except Exception as error:  # a peer that breaks is a finding about the peer, kept in the row
-            return {"tokamax_note": f"failed: {type(error).__name__}: {str(error)[:200]}"}
+            return {"tokamax_note": note_of(error)}
         return {"tokamax_ms": 1e3 * seconds, "tokamax_compile_s": compile_s}
 
 

@@ -34,7 +34,7 @@ from blindsight_gpu.cycles import (
     rate,
     read_loops,
 )
-from blindsight_gpu.prompts import GEMMA, QWEN, TEMPLATE, Shape, make_layout
+from blindsight_gpu.prompts import GEMMA, LENGTHS, QWEN, TEMPLATE, Shape, make_layout
 from blindsight_kernels.pallas_compile import compile_kernel
 from blindsight_kernels.pallas_configurations import HEAD_DIMS, configuration
 from blindsight_kernels.pallas_work import BLOCK_Q, FIELDS, build_pallas_work
@@ -151,7 +151,7 @@ def main() -> None:
             )
     print("\n| shape, tokens | category | kernel ms | passes ms | useful TFLOP/s | Triton ms | of Triton |")
     print("|---|---|---:|---:|---:|---:|---:|")
-    for shape, n_tokens in ((QWEN, 100_096), (QWEN, 299_008), (GEMMA, 100_096)):
+    for shape, n_tokens in ((QWEN, LENGTHS["100K"]), (QWEN, LENGTHS["300K"]), (GEMMA, LENGTHS["100K"])):
         layout = make_layout(shape, n_tokens)
         for category in (Category.INTRA_IMAGE, Category.INTRA_IMAGE_SINK, Category.SINK):
             seconds, passes = predict_pallas(shape, layout, category)
@@ -161,8 +161,10 @@ def main() -> None:
                 f"| {rate(shape, layout, category, seconds + passes):.0f} | {1e3 * triton:.2f} "
                 f"| {triton / (seconds + passes):.2f}x |"
             )
-    layout, category = make_layout(QWEN, 100_096), Category.INTRA_IMAGE
-    print(f"\n| {QWEN.name}, 100,096, {category.name}, if | kernel ms | useful TFLOP/s without the passes |")
+    layout, category = make_layout(QWEN, LENGTHS["100K"]), Category.INTRA_IMAGE
+    print(
+        f"\n| {QWEN.name}, {layout.n_tokens:,}, {category.name}, if | kernel ms | useful TFLOP/s without the passes |"
+    )
     print("|---|---:|---:|")
     changes: dict[str, dict[str, float]] = {
         "as it is": {},

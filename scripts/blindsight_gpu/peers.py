@@ -47,31 +47,42 @@ class Flex:
     The block mask is built here from the masks' rows, a block of rows at a time: torch's own `create_block_mask` asks
     for an N x N boolean tensor, 90 GB at 300K tokens.
 
+    Args:
+        layout, categories: the masks, one a head.
+        place: where.
+        rows: positions of the queries, a multiple of 128 of them; default all.
+
     Attributes:
         mask_seconds: what building the block mask took.
         mask_bytes: of its index tensors.
     """
 
-    def __init__(self, layout: Layout, categories: Sequence[Category], place: Place) -> None:
+    def __init__(
+        self, layout: Layout, categories: Sequence[Category], place: Place, rows: Tensor | None = None
+    ) -> None:
         begun = time.perf_counter()
+        if rows is None:
+            rows = torch.arange(layout.n_tokens, device=place.device)
         distinct = sorted(set(categories))
         tables = [row_tables(layout, category, place.device) for category in distinct]
         of_head = [distinct.index(category) for category in categories]
         if len(distinct) == 1:
             of_head = [0]  # one mask, broadcast over the heads
         index = torch.tensor(of_head, device=place.device)
-        oldest, newest, packed = (torch.stack(x)[index] for x in zip(*map(_columns, tables), strict=True))  # [H, N]
+        columns = zip(*((t.oldest[rows], t.newest[rows], t.packed) for t in tables), strict=True)
+        oldest, newest, packed = (torch.stack(x)[index] for x in columns)  # [H, T], [H, T], [H, N]
         last = len(of_head) - 1
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             h = torch.clamp(h, max=last)
             return (k <= newest[h, q]) & ((k >= oldest[h, q]) | packed[h, k])
 
-        blocks = [_blocks(table) for table in tables]
-        partial, full = (torch.stack(x)[index][None] for x in zip(*blocks, strict=True))  # [1, H, n, n] bool
+        blocks = [_blocks(table, rows) for table in tables]
+        partial, full = (torch.stack(x)[index][None] for x in zip(*blocks, strict=True))  # [1, H, n_q, n_k] bool
         self._mask = BlockMask.from_kv_blocks(
-            *_listed(partial), *_listed(full), BLOCK_SIZE=_BLOCK, mask_mod=mask_mod, compute_q_blocks=False
-        )
+            *_listed(partial), *_listed(full), BLOCK_SIZE=_BLOCK, mask_mod=mask_mod,
+            seq_lengths=(len(rows), layout.n_tokens), compute_q_blocks=False,
+        )  # fmt: skip
         self._attend = _compiled() if not place.dry_run else flex_attention
         if not place.dry_run:
             torch.cuda.synchronize()
@@ -88,21 +99,15 @@ class Flex:
 
 @cache
 def _compiled() -> Any:
-    torch._dynamo.config.recompile_limit = 64  # one compilation per length and profile
-    return torch.compile(flex_attention)
+    torch._dynamo.config.recompile_limit = 64  # one compilation per length and profile: dynamic shapes run slower
+    return torch.compile(flex_attention, dynamic=False)
 
 
-def _columns(tables: RowTables) -> tuple[Tensor, Tensor, Tensor]:
-    return tables.oldest, tables.newest, tables.packed
-
-
-def _blocks(tables: RowTables) -> tuple[Tensor, Tensor]:
-    """Which blocks of keys a block of rows sees in part, and which whole: `[n, n]` bool each."""
-    n = len(tables.packed) // _BLOCK
+def _blocks(tables: RowTables, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Which blocks of keys a block of rows sees in part, and which whole: `[n_q, n_k]` bool each."""
     some, every = [], []
-    for i in range(n):
-        rows = torch.arange(i * _BLOCK, (i + 1) * _BLOCK, device=tables.packed.device)
-        seen = tables.visible(rows).view(_BLOCK, n, _BLOCK)
+    for block in rows.split(_BLOCK):
+        seen = tables.visible(block).view(_BLOCK, -1, _BLOCK)
         some.append(seen.any(2).any(0))
         every.append(seen.all(2).all(0))
     full = torch.stack(every)
@@ -110,24 +115,22 @@ def _blocks(tables: RowTables) -> tuple[Tensor, Tensor]:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """`[1, H, n, n]` bool -> how many `[1, H, n]` and which, those first `[1, H, n, n]`, both int32."""
+    """`[1, H, n_q, n_k]` bool -> how many `[1, H, n_q]` and which, those first `[1, H, n_q, n_k]`, both int32."""
     order = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 class VarlenComposition:
-    """`varlen_attn` per image, `varlen_attn` on the packed keys, and a merge by log-sum-exp: image rows only.
+    """`varlen_attn` per image and on the packed keys, a merge by log-sum-exp, and FlexAttention for the text.
 
-    Text rows are left out, in this peer's favour: no third call serves rows that see the whole past. The packed keys
-    of each image are a longer prefix than the last one's, so they must be repeated; that is done once a call, as
-    packing is for our kernel.
+    All rows, as our kernel: `varlen_attn` cannot serve rows of text, which see the whole past. The packed keys of each
+    image are a longer prefix than the last one's, so they must be repeated; that is done once a call, as packing is for
+    our kernel.
     """
 
     def __init__(
         self, layout: Layout, category: Category, place: Place, *, kv_heads: int, dim: int, bytes_each: int
     ) -> None:
-        if place.dry_run:
-            raise DoesNotFit("varlen_attn needs a GPU")
         if category not in (Category.INTRA_IMAGE, Category.INTRA_IMAGE_SINK):
             raise DoesNotFit("composed for Intra-Image and Intra-Image+Sink only")
         packed = packed_positions(layout, category, TEMPLATE)
@@ -147,12 +150,17 @@ class VarlenComposition:
         self._edges, self._longest = _on(edges, place), int(np.diff(edges).max())
         self._packed_edges = _on(np.concatenate([[0], np.cumsum(n_keys)]), place)
         self._most_packed, self._index = int(n_keys.max()), torch.from_numpy(index).to(place.device)
-        self._merge = torch.compile(_merge)
+        self._merge = torch.compile(_merge, dynamic=False)
+        text = layout.textual_rows
+        n_rows = -(-len(text) // _BLOCK) * _BLOCK
+        self._text = torch.from_numpy(np.pad(text, (0, n_rows - len(text)), mode="edge")).to(place.device)
+        self._of_text = Flex(layout, [category], place, self._text)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`[1, H, N, D]` -> `[N, H, D]`, of which the rows of images are attention."""
+        """`[1, H, N, D]` -> `[N, H, D]`."""
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+        of_text = self._of_text(q[:, :, self._text], k, v)
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, H, D]
         window = (-1, 0) if self._causal else (-1, -1)
         one, one_lse = varlen_attn(
@@ -163,7 +171,9 @@ class VarlenComposition:
             q, k[self._index], v[self._index], self._edges, self._packed_edges, self._longest, self._most_packed,
             return_aux=AuxRequest(lse=True),
         )  # fmt: skip
-        return self._merge(one, one_lse, two, two_lse)
+        out = self._merge(one, one_lse, two, two_lse)
+        out[self._text] = of_text[0].transpose(0, 1)
+        return out
 
 
 def _on(array: np.ndarray, place: Place) -> Tensor:

@@ -10,12 +10,12 @@ from blindsight_gpu.results import Row
 
 SPEED_UP, RATE = "gpu-speed-up.svg", "gpu-tflops.svg"
 _PROFILES = ("all Intra-Image", "all Intra-Image+Sink", "all Sink", "30% Dense, rest Intra-Image+Sink")
-_KERNELS = {"attention": ("Triton", "-"), "pallas": ("Pallas", "--")}
-Lines = dict[tuple[str, str], list[tuple[int, float]]]  # points by part and name
+_KERNELS = {"attention": ("Triton", "-"), "attention_more": ("Triton", "-"), "pallas": ("Pallas", "--")}
+Lines = dict[tuple[tuple[str, str], str], list[tuple[int, float]]]  # points by kernel, its style, and name
 
 
 def draw(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
-    """Draws what the documents of parts `attention` and `pallas` hold. Returns the files; none without measured rows.
+    """Draws what the parts in `_KERNELS` hold. Returns the files; none without measured rows.
 
     Args:
         documents: measured results by part, not of a dry run.
@@ -48,8 +48,7 @@ def _plot(
     with plt.rc_context({"svg.hashsalt": path.name, "font.size": 9}):
         figure, panels = plt.subplots(1, len(shapes), figsize=(5.2 * len(shapes), 3.8), squeeze=False)
         for panel, shape in zip(panels[0], shapes, strict=True):
-            for (part, name), points in _lines(rows, shape, value).items():
-                kernel, style = _KERNELS[part]
+            for ((kernel, style), name), points in _lines(rows, shape, value).items():
                 color = f"C{_PROFILES.index(name)}" if name in _PROFILES else "0.4"
                 lengths, values = zip(*sorted(points), strict=True)
                 said = f"{kernel}: {name}" if name in _PROFILES else name
@@ -77,9 +76,9 @@ def _lines(rows: dict[str, list[Row]], shape: str, value: Callable[[Row], float 
             if row["shape"] != shape or y is None:
                 continue
             if row.get("profile") in _PROFILES:
-                lines.setdefault((part, row["profile"]), []).append((row["tokens"], y))
+                lines.setdefault((_KERNELS[part], row["profile"]), []).append((row["tokens"], y))
             elif "kernel" in row:
-                lines.setdefault((part, f"the bound: {row['kernel']}, dense"), []).append((row["tokens"], y))
+                lines.setdefault((_KERNELS[part], f"the bound: {row['kernel']}, dense"), []).append((row["tokens"], y))
     return lines
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blindsight_gpu.measure import Place
+from blindsight_gpu.measure import Place, free
 from shared_profiles import Category, Layout, SinkTemplate
 from shared_profiles.layout import concatenated_ranges
 from shared_profiles.plan import image_tiles, packed_positions
 
 TEMPLATE = SinkTemplate()
-LENGTHS = {"36K": 36_864, "72K": 73_728, "144K": 147_456, "300K": 299_008}  # multiples of 128, as FlexAttention wants
+# Those that the targets speak of, the longest first, and another. Multiples of 128, as FlexAttention wants, and buckets
+# of `jax_blindsight`: there JAX pads nothing, and computes what torch does.
+LENGTHS = {"300K": 294_912, "100K": 98_304, "36K": 36_864}
+ANOTHER = {"144K": 147_456}
 _TOY_LENGTHS = {"toy": 128}
-_TEXT, _QUESTION = 8, 16  # text tokens before each image, and at least at the end
+TEXT, _QUESTION = 8, 16  # text tokens before each image, and at least at the end
 
 
 @dataclass(frozen=True)
@@ -46,21 +50,36 @@ def shapes(place: Place) -> list[Shape]:
     """The shapes to measure."""
     if not place.dry_run:
         return [QWEN, GEMMA]
-    return [Shape("toy", 2, 1, 16, 24, True)]
+    return [Shape("toy", 2, 1, 16, 24, True), Shape("causal toy", 2, 1, 16, 24, False)]
 
 
 def lengths(place: Place) -> dict[str, int]:
-    """Prompt lengths to measure, in tokens, by name."""
+    """Prompt lengths that the targets speak of, in tokens, by name."""
     return _TOY_LENGTHS if place.dry_run else LENGTHS
 
 
+def image_sizes(n_tokens: int, image_tokens: int, around: int, question: int, step: int = 1) -> list[int]:
+    """Tokens of each image of a prompt: as many images as fit, the last one shortened, so that little text remains.
+
+    A row of text sees the whole past: a long question, which no real prompt has, would be most of the work.
+
+    Args:
+        n_tokens: of the prompt.
+        image_tokens: of a whole image.
+        around: of the words before an image and its delimiters.
+        question: at least so many remain.
+        step: a shortened image has a multiple of so many.
+    """
+    whole, left = divmod(n_tokens - question, image_tokens + around)
+    last = max(left - around, 0) // step * step
+    return [image_tokens] * whole + [last] * (last > 0)
+
+
 def make_layout(shape: Shape, n_tokens: int) -> Layout:
-    """As many images as fit, each after a few words of text, and a question that fills the prompt up."""
-    step = shape.image_tokens + 2 + _TEXT
-    begin = _TEXT + np.arange((n_tokens - _QUESTION) // step) * step
-    images = np.stack(
-        [begin, begin + 1, begin + 1 + shape.image_tokens, begin + 2 + shape.image_tokens], axis=1
-    )  # [n_images, 4]
+    """As many images as fit, each after a few words of text, the last one shortened, and a short question."""
+    sizes = np.array(image_sizes(n_tokens, shape.image_tokens, TEXT + 2, _QUESTION))
+    last = np.cumsum(sizes + TEXT + 2) - 1
+    images = np.stack([last - sizes - 1, last - sizes, last, last + 1], axis=1)  # [n_images, 4]
     return Layout(n_tokens, 0, n_tokens, images, shape.bidirectional)
 
 
@@ -73,6 +92,13 @@ def make_inputs(shape: Shape, n_tokens: int, place: Place, seed: int) -> tuple[T
         return torch.randn(size, generator=generator, dtype=place.dtype, device=place.device)
 
     return draw(shape.heads), draw(shape.kv_heads), draw(shape.kv_heads)
+
+
+@lru_cache(maxsize=1)
+def two_inputs(shape: Shape, n_tokens: int, place: Place) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Two sets of inputs to rotate among, kept for the rows of one length: the first that is measured makes them."""
+    free(place)
+    return [make_inputs(shape, n_tokens, place, seed) for seed in range(2)]
 
 
 def mixed(n_heads: int, dense_share: float) -> list[Category]:

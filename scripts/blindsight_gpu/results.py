@@ -12,22 +12,42 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from blindsight_gpu.machine import same
 
 Row = dict[str, Any]
-POISONED = 3  # the exit status of a part whose process can use the GPU no more
+Cases = dict[str, Callable[[], Row]]
+# The exit status of a part whose process can use the GPU no more, and of one that has measured its one row.
+POISONED, NEXT = 3, 4
 # What the errors say after which a process must end: torch's and JAX's words for a failed launch.
 _STICKY = (
     "CUDA error",
     "CUDA_ERROR_ILLEGAL",
     "CUDA_ERROR_LAUNCH",
+    "CUDA_ERROR_MISALIGNED",
     "illegal memory access",
+    "misaligned address",
     "unspecified launch failure",
 )
+
+
+def is_sticky(said: str) -> bool:
+    """Whether an error says that this process can use the GPU no more."""
+    return any(words in said for words in _STICKY)
+
+
+def note_of(error: Exception) -> str:
+    """What the row says of a peer that broke: a finding about the peer.
+
+    Raises:
+        Exception: the error itself where it has left the GPU unusable, so that no later row is blamed.
+    """
+    if is_sticky(str(error)):
+        raise error
+    return f"failed: {type(error).__name__}: {str(error)[:200]}"
 
 
 class Results:
@@ -39,6 +59,8 @@ class Results:
             and the case that is `running`.
         deadline: `time.monotonic()` after which no further row is begun.
         row_seconds: after which a row ends the process; None for no limit.
+        alone: whether the process ends after one row, for what is counted by process.
+        watch: the columns of what was seen of the GPU since a `time.monotonic()`.
     """
 
     def __init__(
@@ -50,28 +72,40 @@ class Results:
         dry_run: bool,
         seconds: float,
         row_seconds: float | None = None,
+        alone: bool = False,
+        watch: Callable[[float], Row] = lambda begun: {},
+        command: str = "",
     ) -> None:
-        self.path, self.row_seconds = path, row_seconds
+        self.path, self.row_seconds, self.alone, self.watch = path, row_seconds, alone, watch
         self.deadline = time.monotonic() + seconds
         self.document: dict[str, Any] = {
             "part": part,
             "dry_run": dry_run,
             "complete": False,
             "machine": machine,
-            "command": " ".join(sys.argv),
+            "command": command,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "rows": [],
             "left_out": [],
             "running": None,
         }
 
-    def resume(self) -> None:
-        """Takes over the rows of the file that did not fail, if they are of the same machine and source."""
+    def begin(self, *, resume: bool) -> None:
+        """Takes over the rows of an earlier file that did not fail, or sets that file aside under its time's name.
+
+        Args:
+            resume: take over, if they are of the same machine and source.
+        """
         earlier = read(self.path)
-        if earlier is None or earlier["dry_run"] != self.document["dry_run"]:
+        if earlier is None:
             return
-        if same(earlier["machine"], self.document["machine"]):
+        kind = earlier["dry_run"] == self.document["dry_run"]
+        if resume and kind and same(earlier["machine"], self.document["machine"]):
             self.document["rows"] = [row for row in earlier["rows"] if "failure" not in row]
+        else:
+            aside = self.path.with_stem(f"{self.path.stem}-{earlier['time'].replace(':', '')}")
+            self.path.rename(aside)
+            print(f"  earlier results are kept in {aside}", flush=True)
 
     def go_on(self) -> None:
         """Takes over all rows of the file, failures too, and makes one of the case that ended the process."""
@@ -88,20 +122,28 @@ class Results:
         """The row of a case that has been measured, or None."""
         return next((row for row in self.document["rows"] if row["case"] == case), None)
 
-    def measure(self, case: str, function: Callable[[], Row]) -> Row | None:
-        """Runs one case unless there is a row of it; its result is on disk when this returns.
+    def good(self, case: str) -> Row | None:
+        """The same, and None for one that failed."""
+        row = self.get(case)
+        return None if row is None or "failure" in row else row
+
+    def run(self, cases: Mapping[str, Callable[[], Row]]) -> None:
+        """Runs the cases that have no row, in their order; those that are not begun in time stay in `left_out`."""
+        self.document["left_out"] = [case for case in cases if self.get(case) is None]
+        for case in self.document["left_out"].copy():
+            if time.monotonic() > self.deadline:
+                break
+            self._measure(case, cases[case])
+            if self.alone and self.document["left_out"]:
+                sys.exit(NEXT)
+
+    def _measure(self, case: str, function: Callable[[], Row]) -> None:
+        """Runs one case; its result is on disk when this returns.
 
         An exception becomes the row's `failure`: one failing case must not cost the others.
-
-        Returns:
-            The row; None where time is up or the case failed.
         """
-        if (row := self.get(case)) is not None:
-            return row if "failure" not in row else None
-        if self.over:
-            self.leave_out([case])
-            return None
         begun = time.monotonic()
+        self.document["left_out"].remove(case)
         self.document["running"] = case
         self.write()
         if self.row_seconds is not None:
@@ -113,23 +155,13 @@ class Results:
             row = {"case": case, "failure": f"{type(error).__name__}: {str(error)[:500]}"}
         finally:
             faulthandler.cancel_dump_traceback_later()
-        row["row_seconds"] = round(time.monotonic() - begun, 2)
+        row |= {"row_seconds": round(time.monotonic() - begun, 2), **self.watch(begun)}
         self.document["rows"].append(row)
         self.document["running"] = None
         self.write()
         print(f"  {case}: {row.get('failure') or f'{row["row_seconds"]} s'}", flush=True)
-        if any(words in row.get("failure", "") for words in _STICKY):
+        if is_sticky(row.get("failure", "")):
             sys.exit(POISONED)
-        return row if "failure" not in row else None
-
-    @property
-    def over(self) -> bool:
-        """Whether time is up: no further case is begun."""
-        return time.monotonic() > self.deadline
-
-    def leave_out(self, cases: Iterable[str]) -> None:
-        """Notes those of the cases that have no row."""
-        self.document["left_out"] += [case for case in cases if self.get(case) is None]
 
     @property
     def failed(self) -> list[Row]:
@@ -142,13 +174,27 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        """Writes the file in one step."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-        aside.replace(self.path)
+        """Writes the file."""
+        write(self.path, self.document)
 
 
 def read(path: Path) -> dict[str, Any] | None:
     """A result file; None where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Writes a result file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def stop(path: Path, why: str) -> None:
+    """Makes a failure of the case during which a part was stopped from outside."""
+    document = read(path)
+    if document is not None and document["running"] is not None:
+        document["rows"].append({"case": document["running"], "failure": why})
+        document["running"] = None
+        write(path, document)

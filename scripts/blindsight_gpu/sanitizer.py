@@ -1,15 +1,14 @@
 """Part `sanitizer`: out-of-bounds accesses and races of small launches, by the tool that comes with CUDA.
 
-`python -m blindsight_gpu.sanitizer KERNEL` is what the tool watches.
+`python -m blindsight_gpu.sanitizer KERNEL` is what the tool watches. The checks run side by side, for most of their
+time is the host's; what they say is in `gpu-sanitizer.log`, one after another.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 
 from blindsight_gpu.bounds import Attend, draw, pallas
 from blindsight_gpu.measure import Place
+from blindsight_gpu.processes import Logged
 from blindsight_gpu.prompts import TEMPLATE, Shape, make_layout
 from blindsight_gpu.results import Results, Row
 from blindsight_kernels.triton_prefill import triton_attention
@@ -24,7 +24,6 @@ from shared_profiles import Category
 
 _KERNELS: dict[str, Attend] = {"Triton": partial(triton_attention, max_keys=256), "Pallas": pallas}
 _FOUND = 99  # the exit status that the tool is told to give where it found something
-_MOST = 60  # seconds of one check
 
 
 def run(results: Results, place: Place) -> None:
@@ -32,30 +31,49 @@ def run(results: Results, place: Place) -> None:
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if place.dry_run or not Path(tool).exists():
         why = "a dry run" if place.dry_run else f"compute-sanitizer is neither on PATH nor at {tool}"
-        results.measure("compute-sanitizer", lambda: {"note": f"not run: {why}"})
+        results.run({"compute-sanitizer": lambda: {"note": f"not run: {why}"}})
         return
-    for check in ("memcheck", "racecheck"):
-        for kernel in _KERNELS:
-            results.measure(f"{check}: {kernel}", partial(_watch, tool, check, kernel, results))
+    log = results.path.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    checks = [(check, kernel) for check in ("memcheck", "racecheck") for kernel in _KERNELS]
+    begun = {
+        f"{check}: {kernel}": (check, watch(tool, check, kernel, part), part)
+        for check, kernel in checks
+        if results.get(f"{check}: {kernel}") is None
+        for part in [log.with_name(f"sanitizer-{check}-{kernel}.tmp")]
+    }
+    results.run({case: partial(_said, *one, log, results) for case, one in begun.items()})
+    for _, running, _ in begun.values():
+        running.wait(results.deadline)  # ends those for which no time was left
 
 
-def _watch(tool: str, check: str, kernel: str, results: Results) -> Row:
-    """What one check says.
+def watch(tool: str, check: str, kernel: str, log: Path) -> Logged:
+    """Begins one check."""
+    log.unlink(missing_ok=True)
+    # Frameworks ask the driver for what it may refuse, and go on: such calls are no finding about a kernel.
+    command = [tool, "--tool", check, "--error-exitcode", str(_FOUND)]
+    command += ["--report-api-errors", "no"] * (check == "memcheck")
+    # Without the frameworks' caches every array is an allocation, and reads past its end are seen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+    return Logged([*command, sys.executable, "-m", __name__, kernel], log, environment)
+
+
+def _said(check: str, running: Logged, part: Path, log: Path, results: Results) -> Row:
+    """What one check says, once it ends.
 
     Raises:
         RuntimeError: it found something, or did not end.
     """
-    left = min(max(results.deadline - time.monotonic(), 10), _MOST)
-    command = [tool, "--tool", check, "--error-exitcode", str(_FOUND), sys.executable, "-m", __name__, kernel]
-    # Without the frameworks' caches every array is an allocation, and reads past its end are seen.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False, env=environment)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{check} did not end in {left:.0f} s") from None
-    said = (done.stdout + done.stderr).strip().splitlines()
-    if done.returncode:
-        what = "found something" if done.returncode == _FOUND else "did not run"
+    status = running.wait(results.deadline)
+    text = part.read_text(encoding="utf-8", errors="replace")
+    part.unlink()
+    with log.open("a", encoding="utf-8") as whole:
+        whole.write(f"== {part.stem}: exit status {status}\n{text}\n")
+    said = text.strip().splitlines()
+    if status is None:
+        raise RuntimeError(f"{check} did not end in its part's time: {said[-3:]}")
+    if status:
+        what = "found something" if status == _FOUND else "did not run"
         raise RuntimeError(f"{check} {what}: {said[-12:]}")
     return {check: next((line for line in reversed(said) if "SUMMARY" in line), "said nothing")}
 

@@ -6,19 +6,36 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from blindsight_gpu.parts import COMMANDS, SECONDS
 from blindsight_gpu.plots import RATE, SPEED_UP
 from blindsight_gpu.results import Row, read
 
 BEGIN, END = "<!-- gpu-results:begin -->", "<!-- gpu-results:end -->"
 COMMAND = "PYTHONPATH=.:kernels:scripts python scripts/gpu_check.py --out docs/results"
-_NOT_YET = f"Not yet measured on a GPU; run `{COMMAND}` on one, then `python scripts/render_results.py`."
+_ALL = "\n".join(f"{COMMAND} --part {','.join(parts)}" for parts in COMMANDS)
+_NOT_YET = f"""Not yet measured on a GPU. On one, these take at most ten minutes each:
+```
+{_ALL}
+```
+then `python scripts/render_results.py`."""
 _SHOWN = (
-    *("ours_ms", "pallas_ms", "triton_ms", "dense_ms", "vendor_ms", "first_ms", "flex_ms", "varlen_ms", "tokamax_ms"),
-    *("speed_up", "against_triton", "useful_tflops", "predicted_ms", "plan_ms", "work_ms", "pack_ms", "launch_ms"),
-    *("dense_s", "sparse_s", "attention_share", "seconds_per_image", "seconds", "compile_s", "peak_gib", "passed"),
-    *("failed", "largest_error"),
+    *("ours_ms", "pallas_ms", "triton_ms", "dense_ms", "flex_ms", "varlen_ms", "tokamax_ms", "speed_up"),
+    *("against_triton", "useful_tflops", "predicted_ms", "plan_ms", "work_ms", "pack_ms", "launch_ms", "dense_s"),
+    *(
+        "first_ms",
+        "vendor_ms",
+        "sparse_s",
+        "attention_share",
+        "beside_share",
+        "seconds_per_image",
+        "seconds",
+        "compile_s",
+        "peak_gib",
+        "passed",
+        "failed",
+    ),
+    "largest_error",
 )
-_PARTS = ("correctness", "bounds", "attention", "pallas", "model", "jax_model", "calibration", "sanitizer", "tune")
 
 
 def summary(part: str, document: dict[str, Any]) -> str:
@@ -42,7 +59,7 @@ def measured(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: a result is from a dry run, or the results are of different GPUs.
     """
-    found = {part: read(folder / f"gpu-{part}.json") for part in _PARTS}
+    found = {part: read(folder / f"gpu-{part}.json") for part in SECONDS}
     documents = {part: document for part, document in found.items() if document is not None}
     for part, document in documents.items():
         if document["dry_run"]:
@@ -66,8 +83,11 @@ def section(folder: Path) -> str:
     if not documents:
         return _NOT_YET
     rows = {part: _good(document) for part, document in documents.items()}
+    if more := rows.pop("attention_more", []):
+        rows["attention"] = rows.get("attention", []) + more
     makers = {"correctness": _correctness, "bounds": _bounds, "attention": _attention, "pallas": _pallas}
     makers |= {"model": _model, "jax_model": _jax_model, "calibration": _calibration, "sanitizer": _sanitizer}
+    makers |= {"profile": _profile}
     parts = [_machine(documents), *(makers[part](rows[part]) for part in makers if part in rows)]
     if any("speed_up" in row for part in ("attention", "pallas") for row in rows.get(part, [])):
         parts.insert(1, f"![speed-up against length](docs/{SPEED_UP})\n![useful TFLOP/s and the bound](docs/{RATE})")
@@ -103,11 +123,25 @@ def _number(row: Row, name: str, form: str = "{:.2f}", note: str = "") -> str:
 def _machine(documents: dict[str, dict[str, Any]]) -> str:
     machine = next(iter(documents.values()))["machine"]
     gpu, versions = machine["gpu"], machine["versions"]
+    sources: dict[tuple[str, str], list[str]] = {}
+    for part, document in documents.items():
+        one = document["machine"]
+        sources.setdefault((str(one["commit"])[:12], one["source"]), []).append(part)
+    measured_at = "; ".join(
+        f"commit `{commit}`, source `{source}`{f': {", ".join(parts)}' if len(sources) > 1 else ''}"
+        for (commit, source), parts in sources.items()
+    )
+    loaded = [row for document in documents.values() for row in document["rows"] if "sm_mhz" in row]
+    clocks = ""
+    if loaded:
+        low, high = min(row["sm_mhz"][0] for row in loaded), max(row["sm_mhz"][1] for row in loaded)
+        reasons = ", ".join(sorted({row["throttle"] for row in loaded}))
+        clocks = f"; under load {low:.0f} to {high:.0f} MHz, reasons to throttle {reasons}"
     return (
         f"Measured on one {gpu['name']} (driver {gpu.get('driver_version', 'unknown')}, SM clock at most "
-        f"{gpu.get('clocks.max.sm', 'unknown')}), torch {versions['torch']}, triton {versions['triton']}, cuDNN "
-        f"{versions['cudnn']}, jax {versions.get('jax')}; commit `{str(machine['commit'])[:12]}`; medians, by CUDA "
-        "events in torch and by bursts of launches in JAX. Result files: `docs/results/gpu-*.json`."
+        f"{gpu.get('clocks.max.sm', 'unknown')}{clocks}), torch {versions['torch']}, triton {versions['triton']}, "
+        f"cuDNN {versions['cudnn']}, jax {versions.get('jax')}; {measured_at}; medians, by CUDA events in torch and by "
+        "bursts of launches in JAX. Result files: `docs/results/gpu-*.json`."
     )
 
 
@@ -139,8 +173,8 @@ def _attention(rows: list[Row]) -> str:
             [
                 f"{row['shape']} {row['heads']}, {row['tokens']:,}: {row['profile']}",
                 _number(row, "ours_ms"),
-                f"{row['ours_ms'] * row['speed_up']:.2f}",
-                f"{row['speed_up']:.2f}x",
+                f"{row['ours_ms'] * row['speed_up']:.2f}" if "speed_up" in row else "–",
+                _number(row, "speed_up", "{:.2f}x"),
                 _number(row, "bound_ms"),
                 _number(row, "flex_ms", note=row.get("flex_note", "")),
                 _number(row, "varlen_ms", note=row.get("varlen_note", "")),
@@ -150,7 +184,7 @@ def _attention(rows: list[Row]) -> str:
     denominators = sorted({row["denominator"] for row in rows if "denominator" in row})
     head = ["one layer (ms)", "ours", "dense", "speed-up", "bound", "FlexAttention", "varlen", "TFLOP/s"]
     said = f"Dense, the denominator, is {'; '.join(denominators)}. The bound is kept pairs at the dense kernel's rate."
-    text = f"{_table(head, body)}\n\n{said} The varlen composition computes the rows of images only."
+    text = f"{_table(head, body)}\n\n{said}"
     costs = [
         f"{row['case'].removesuffix(': plan')}: {row['plan_ms']:.2f} + {row['work_ms']:.2f} a prompt, "
         f"{row['pack_ms']:.2f} + {row['launch_ms']:.2f} a layer"
@@ -160,13 +194,15 @@ def _attention(rows: list[Row]) -> str:
     if costs:
         text += f"\n\nBeside the kernel (ms; plan + work list, packing + launch): {'; '.join(costs)}."
     vendor = [
-        f"{row['shape']} {row['tokens']:,}: {row['vendor_ms']:.2f}, {row['first_ms']:.2f}"
+        f"{row['case']}: {row['first_ms']:.2f}, then {row.get('ours_ms', row.get('dense_ms')):.2f}"
         for row in rows
-        if "vendor_ms" in row
+        if "vendor" in row["case"] or "kernel" in row
     ]
-    if vendor:
-        text += f"\n\nAll heads dense, one at a time, by the vendor's kernel (ms; warm, first): {'; '.join(vendor)}."
-    return text
+    return (
+        f"{text}\n\nThe vendor's kernel, first call at a length and later ones (ms): {'; '.join(vendor)}."
+        if vendor
+        else text
+    )
 
 
 def _pallas(rows: list[Row]) -> str:
@@ -197,6 +233,7 @@ def _model(rows: list[Row]) -> str:
             _number(row, "sparse_s", note=row.get("sparse_note", "")),
             _number(row, "speed_up", "{:.2f}x"),
             _number(row, "attention_share", "{:.0%}"),
+            _number(row, "beside_share", "{:.1%}"),
             _number(row, "tower_s"),
             _number(row, "ttft_speed_up", "{:.2f}x"),
             _number(row, "dense_peak_gib", "{:.0f}"),
@@ -205,7 +242,14 @@ def _model(rows: list[Row]) -> str:
         for row in rows
         if "forwards" in row
     ]
-    head = ["language model, random weights (s)", "dense", "sparse", "speed-up", "attention's share"]
+    head = [
+        "language model, random weights (s)",
+        "dense",
+        "sparse",
+        "speed-up",
+        "attention's share",
+        "planning, packing, launching",
+    ]
     return _table([*head, "vision tower", "with tower", "peak GiB dense", "sparse"], body)
 
 
@@ -224,14 +268,15 @@ def _jax_model(rows: list[Row]) -> str:
                 _number(dense, "seconds", note=dense.get("note", "")),
                 _number(sparse, "seconds", note=sparse.get("note", "")),
                 _number(both, "ratio", "{:.2f}x"),
+                _number(sparse, "attention_share", "{:.0%}"),
                 _number(sparse, "compile_s", "{:.0f}"),
                 _number(sparse, "peak_gib", "{:.0f}"),
                 _number(found.get("calibration", {}), "seconds"),
                 _number(found.get("gradient", {}), "seconds"),
             ]
         )
-    head = ["the same in JAX (s)", "dense", "sparse", "speed-up", "compile, once a bucket", "peak GiB so far"]
-    return _table([*head, "calibrating it", "by the gradient"], body)
+    head = ["the same in JAX, no vision tower (s)", "dense", "sparse", "speed-up", "attention's share"]
+    return _table([*head, "compile, once a bucket", "peak GiB sparse", "calibrating it", "by the gradient"], body)
 
 
 def _sanitizer(rows: list[Row]) -> str:
@@ -244,8 +289,18 @@ def _calibration(rows: list[Row]) -> str:
     return _table(["calibrating one prompt", "seconds", "peak GiB"], body)
 
 
+def _profile(rows: list[Row]) -> str:
+    body = []
+    for row in rows:
+        said = row.get("metrics") or row["kernels_us"] | row["uses"]
+        note = f" ({row['ncu_note']})" if "ncu_note" in row else ""
+        body.append([f"{row['case']}{note}", "; ".join(f"{name}: {value}" for name, value in said.items())])
+    return _table(["one launch, 100K tokens", "what limits it"], body)
+
+
 def _missing(documents: dict[str, dict[str, Any]]) -> str:
     """What was asked for and has no figure: misses are published too."""
     lines = [f"- {row['case']}: {row['failure']}" for d in documents.values() for row in d["rows"] if "failure" in row]
+    lines += [f"- {d['running']}: did not end" for d in documents.values() if d["running"] is not None]
     lines += [f"- {case}: left out for want of time" for d in documents.values() for case in d["left_out"]]
     return "\n".join(["Not measured:", "", *lines]) if lines else ""

@@ -1,37 +1,53 @@
-"""Part `tune`, not run by default: a few tile sizes per head dimension, measured beside what the cycle model says."""
+"""Part `tune`: constants that were chosen without a GPU, measured.
+
+A few tile sizes of the Triton kernel per head dimension, beside what the cycle model says. And short prompts, for
+`TRITON_COSTS` in `torch_blindsight.break_even`, below which a prompt runs dense, and for `VENDOR_KEYS` in
+`torch_blindsight.mixed`, from which dense heads go to the vendor's kernel. The Pallas kernel's tiles are not searched:
+each takes half a minute to compile, and 128 rows on two warpgroups leave shared memory for no larger ones.
+"""
 
 from __future__ import annotations
 
 from functools import partial
+from unittest.mock import patch
 
+from blindsight_gpu import peers
 from blindsight_gpu.cycles import candidates, predict, rate
 from blindsight_gpu.measure import Place, free, seconds_per_call
-from blindsight_gpu.prompts import GEMMA, QWEN, TEMPLATE, Shape, make_inputs, make_layout
-from blindsight_gpu.results import Results, Row
+from blindsight_gpu.prompts import GEMMA, LENGTHS, QWEN, TEMPLATE, Shape, make_layout, mixed, two_inputs
+from blindsight_gpu.results import Cases, Results, Row
 from blindsight_kernels.triton_configurations import Configuration, configuration
 from blindsight_kernels.triton_prefill import triton_attention
 from shared_profiles import Category
+from torch_blindsight.mixed import mixed_attention
 
 _SMALL = Shape("d=64", 32, 8, 64, 2048, False)
-_TOKENS = 100_096
+_SHORT: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
 
 
 def run(results: Results, place: Place) -> None:
-    """Measures every candidate on Intra-Image+Sink heads."""
+    """Measures every candidate on Intra-Image+Sink heads, the first shape first, then short prompts."""
+    shapes: tuple[Shape, ...] = (QWEN, GEMMA, _SMALL)
+    tokens, short = LENGTHS["100K"], _SHORT
+    tiles = {shape: candidates(shape.dim) for shape in shapes}
     if place.dry_run:
-        toy = Shape("toy", 1, 1, 16, 24, False)
-        results.measure("toy: 16x16", partial(_row, toy, 128, Configuration(16, 16, 4, 2, tma=True), place))
-        return
-    for shape in (QWEN, GEMMA, _SMALL):
-        for tiles in candidates(shape.dim):
-            free(place)
-            size = f"{tiles.block_q}x{tiles.block_k}, {tiles.num_warps} warps, {tiles.num_stages} stages"
-            results.measure(f"{shape.name}: {size}", partial(_row, shape, _TOKENS, tiles, place))
+        toy = Shape("toy", 2, 1, 16, 24, False)
+        shapes, tokens, short, tiles = (toy,), 128, (128,), {toy: [Configuration(16, 16, 4, 2, tma=True)]}
+    cases: Cases = {}
+    for shape in shapes:
+        for one in tiles[shape]:
+            size = f"{one.block_q}x{one.block_k}, {one.num_warps} warps, {one.num_stages} stages"
+            cases[f"{shape.name}: {size}"] = partial(_tiles_row, shape, tokens, one, place)
+    for shape in shapes[:2]:
+        for n in short:
+            cases[f"{shape.name}: {n:,} tokens"] = partial(_short_row, shape, n, place)
+    results.run(cases)
 
 
-def _row(shape: Shape, n_tokens: int, tiles: Configuration, place: Place) -> Row:
+def _tiles_row(shape: Shape, n_tokens: int, tiles: Configuration, place: Place) -> Row:
+    free(place)
     layout, category = make_layout(shape, n_tokens), Category.INTRA_IMAGE_SINK
-    inputs = [make_inputs(shape, n_tokens, place, seed) for seed in range(2)]
+    inputs = two_inputs(shape, n_tokens, place)
 
     def call(turn: int) -> object:
         return triton_attention(
@@ -39,13 +55,38 @@ def _row(shape: Shape, n_tokens: int, tiles: Configuration, place: Place) -> Row
         )
 
     seconds = seconds_per_call(call, place)
-    # A dry run has no compiler to read machine code from: Triton is interpreted there.
-    predicted = None if place.dry_run else 1e3 * predict(shape, layout, category, tiles)
-    return {
+    row = {
         "shape": shape.name,
         "tokens": n_tokens,
         "chosen": tiles == configuration(90, shape.dim, place.dtype.itemsize),
         "ours_ms": 1e3 * seconds,
-        "predicted_ms": predicted,
         "useful_tflops": rate(shape, layout, category, seconds),
+    }
+    try:
+        # A dry run has no compiler to read machine code from: Triton is interpreted there.
+        row["predicted_ms"] = None if place.dry_run else 1e3 * predict(shape, layout, category, tiles)
+    except Exception as error:  # a prediction that fails costs no measured time
+        row["predicted_note"] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+    return row
+
+
+def _short_row(shape: Shape, n_tokens: int, place: Place) -> Row:
+    """A layer of 30% dense heads by our kernel alone, with those by the vendor's, and all dense by the vendor's."""
+    # Images of a quarter of the prompt at most: with a single one there would be nothing to leave out.
+    images = Shape(
+        shape.name, shape.heads, shape.kv_heads, shape.dim, min(shape.image_tokens, n_tokens // 4), shape.bidirectional
+    )
+    layout, inputs = make_layout(images, n_tokens), two_inputs(images, n_tokens, place)
+    arguments = ([layout], mixed(shape.heads, 0.3), TEMPLATE)
+    scale = shape.dim**-0.5
+    ours = seconds_per_call(lambda turn: triton_attention(*inputs[turn % 2], *arguments, scale=scale), place)
+    with patch.multiple("torch_blindsight.mixed", VENDOR_KEYS=0, VENDOR_KEYS_BIDIRECTIONAL=0):
+        vendor = seconds_per_call(lambda turn: mixed_attention(*inputs[turn % 2], *arguments, scale=scale), place)
+    dense = seconds_per_call(lambda turn: peers.causal_dense(*inputs[turn % 2], place), place)
+    return {
+        "shape": shape.name,
+        "tokens": n_tokens,
+        "ours_ms": 1e3 * ours,
+        "vendor_ms": 1e3 * vendor,
+        "dense_ms": 1e3 * dense,
     }
