@@ -51,6 +51,7 @@ def test_triton():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # inductor's advice; float32 is on purpose
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
 def test_triton_on_a_gpu(family):
     assert_same(*compiled(family, "triton", "inductor", LANGUAGE_MODEL, device="cuda"))
