@@ -66,6 +66,16 @@ def test_every_part_runs_and_says_what_it_depends_on(dry_run, group):
         assert document["time"]
 
 
+@with_torch
+def test_few_files_come_of_a_part(dry_run):
+    """A result, and a log where other programs spoke."""
+    logs = {path.name for path in dry_run("torch").iterdir()} - {f"gpu-{part}.json" for part in PARTS["torch"]}
+    assert logs <= {f"gpu-{part}.log" for part in ("correctness", "sanitizer", "profile")}
+    (row,) = load(dry_run("torch"), "correctness")["rows"]
+    assert "--timeout=60 --timeout-method=thread" in row["command"]
+    assert "test session starts" in (dry_run("torch") / "gpu-correctness.log").read_text()
+
+
 def test_three_commands_run_everything_in_their_time():
     """And each writes few files: a result and, at most, a log for every part."""
     assert set().union(*PARTS.values()) == set(runner.SECONDS)
@@ -215,6 +225,7 @@ def run_part(tmp_path, monkeypatch) -> Callable[..., list[int]]:
 
         def process(part, path, end, flags, environment):
             command = [sys.executable, "-c", BREAKS, str(path), *flags, *always]
+            assert environment["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path)
             statuses.append(subprocess.run(command, env=environment, check=False, timeout=100).returncode)
             return statuses[-1]
 

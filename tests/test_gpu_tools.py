@@ -127,6 +127,27 @@ def test_a_profiler_that_counts_nothing_is_named(tmp_path, monkeypatch, ending):
     assert row["kernels_us"] == {}
 
 
+def test_every_check_of_the_sanitizer_is_told_apart(tmp_path, monkeypatch):
+    """They run side by side; what each says is kept."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        '#!/bin/sh\necho "$@"\necho "== ERROR SUMMARY: 0 errors"\ncase "$*" in *racecheck*Pallas) exit 99;; esac\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    sanitizer, results = (import_module(f"blindsight_gpu.{name}") for name in ("sanitizer", "results"))
+    found = results.Results(tmp_path / "gpu-sanitizer.json", "sanitizer", {}, dry_run=False, seconds=60)
+    sanitizer.run(found, measure.Place(dry_run=False))
+    rows = {row["case"]: row for row in found.document["rows"]}
+    assert list(rows) == ["memcheck: Triton", "memcheck: Pallas", "racecheck: Triton", "racecheck: Pallas"]
+    assert rows["memcheck: Triton"]["memcheck"] == "== ERROR SUMMARY: 0 errors"
+    assert [case for case, row in rows.items() if "found something" in row.get("failure", "")] == ["racecheck: Pallas"]
+    log = (tmp_path / "gpu-sanitizer.log").read_text()
+    assert log.count("exit status") == 4
+    assert log.count("--report-api-errors no") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {tool.name, "gpu-sanitizer.json", "gpu-sanitizer.log"}
+
+
 def test_the_measured_source_is_not_the_measuring_script(tmp_path, monkeypatch):
     """Or mending the script would make earlier results those of something else."""
     for name in ("kernels/blindsight_kernels", "scripts/blindsight_gpu"):
