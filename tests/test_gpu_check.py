@@ -315,7 +315,7 @@ def test_bad_requests_are_refused(tmp_path):
     assert "parts must be among correctness, attention" in unknown.stderr
     spent = python(GPU_CHECK, "--out", tmp_path, "--part", "bounds,tune", "--dry-run", "--budget-seconds", "1")
     assert spent.returncode == 1
-    assert "estimated: bounds 70 s, tune 70 s; 140 s of 1 s" in spent.stdout
+    assert "estimated: bounds 75 s, tune 70 s; 145 s of 1 s" in spent.stdout
     assert "bounds: not begun, the 1 s are spent" in spent.stdout
 
 
