@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blindsight_gpu import peers
-from blindsight_gpu.measure import Place, free, seconds_per_call
+from blindsight_gpu.measure import Place, first_seconds, free, seconds_per_call
 from blindsight_gpu.prompts import TEMPLATE, Shape, lengths, make_layout, mixed, shapes, two_inputs
 from blindsight_gpu.results import Cases, Results, Row, note_of
 from blindsight_kernels.plans import build_plans
@@ -134,7 +136,7 @@ def _dense_row(shape: Shape, layout: Layout, place: Place) -> Row:
     inputs = _inputs(shape, layout, place)
     q, k, v = inputs[0]
     _, name = peers.causal_dense(q[:, :, :128], k[:, :, :128], v[:, :, :128], place)
-    first = _first(lambda: peers.causal_dense(q, k, v, place), place)
+    first = first_seconds(lambda: peers.causal_dense(q, k, v, place), place)
     seconds = seconds_per_call(lambda turn: peers.causal_dense(*inputs[turn % 2], place), place)
     pairs = shape.heads * layout.n_tokens * (layout.n_tokens + 1) // 2
     return {
@@ -145,15 +147,6 @@ def _dense_row(shape: Shape, layout: Layout, place: Place) -> Row:
         "pairs": pairs,
         **_rate(pairs, shape, seconds),
     }
-
-
-def _first(call: Callable[[], object], place: Place) -> float:
-    """Seconds of a first call, waited for: libraries plan, and kernels compile, for every new length."""
-    place.wait()
-    begun = time.perf_counter()
-    call()
-    place.wait()
-    return time.perf_counter() - begun
 
 
 def _rate(pairs: int, shape: Shape, seconds: float) -> Row:
@@ -172,9 +165,10 @@ def _sparse_row(
 ) -> Row:
     """One profile by our kernel and, if it is compared, by each peer that can; without `dense`, against nothing."""
     inputs, scale = _inputs(shape, layout, place), shape.dim**-0.5
-    ours = triton_attention if name == _OURS else mixed_attention
+    kernels: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {_OURS: triton_attention, _VENDOR: vendor_for_dense}
+    ours = kernels.get(name, mixed_attention)
     arguments = ([layout], categories, TEMPLATE)
-    first = _first(lambda: ours(*inputs[0], *arguments, scale=scale), place)
+    first = first_seconds(lambda: ours(*inputs[0], *arguments, scale=scale), place)
     seconds = seconds_per_call(lambda turn: ours(*inputs[turn % 2], *arguments, scale=scale), place)
     pairs = sum(count_pairs(layout, category, TEMPLATE).total for category in categories)
     row = {
@@ -201,6 +195,12 @@ def _sparse_row(
     for peer, make in _peers(categories, shape, layout, place).items():
         row |= _peer(peer, make, inputs, place, want, rows)
     return row
+
+
+def vendor_for_dense(*arguments: Any, scale: float) -> tuple[Tensor, Tensor]:
+    """`mixed_attention` that leaves dense heads to the vendor's kernel however short the prompt is."""
+    with patch("torch_blindsight.mixed.VENDOR_ROWS", 0):
+        return mixed_attention(*arguments, scale=scale)
 
 
 def _some_rows(layout: Layout) -> np.ndarray:

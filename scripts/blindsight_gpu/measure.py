@@ -61,11 +61,11 @@ def seconds_per_call(call: Callable[[int], object], place: Place, *, once: bool 
     return median(_timed(call, int(min(max(_BUDGET / estimate, _LEAST), _MOST))))
 
 
-def first_seconds(call: Callable[[int], object], place: Place) -> float:
-    """Seconds of `call(0)` by the host's clock until its kernels have ended, what a first call builds included."""
+def first_seconds(call: Callable[[], object], place: Place) -> float:
+    """Seconds of a first call until its kernels have ended: libraries plan, and kernels compile, for a new length."""
     place.wait()
     begun = time.perf_counter()
-    call(0)
+    call()
     place.wait()
     return time.perf_counter() - begun
 
