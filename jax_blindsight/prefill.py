@@ -46,6 +46,7 @@ from jax_blindsight.tokens import Tokens
 from jax_blindsight.vision_inputs import prepare_vision
 from jax_blindsight.work import AttentionWork
 from shared_profiles import Category, Layout, SinkTemplate
+from shared_profiles.layout import why_dense
 
 if TYPE_CHECKING:
     from blindsight_kernels.pallas_work import PallasWork
@@ -183,13 +184,8 @@ def _choose(
             f"the profile must be of this model, {text.n_layers} layers of {text.n_heads} heads. Got one of "
             f"{profile.categories.shape}. Load with this model's own."
         )
-    if not profile.categories.any():
-        reason = "all heads are Dense"
-    elif all(layout.n_images < 2 for layout in layouts):
-        reason = "fewer than two images"
-    elif all(layout.n_images == 0 or layout.images[-1, 2] <= q_start for layout in layouts):
-        reason = "no image tokens among the queries"
-    else:
+    reason = why_dense(layouts, q_start) if profile.categories.any() else "all heads are Dense"
+    if reason is None:
         return profile.categories, profile.template, "sparse"
     return everything, profile.template, f"dense: {reason}"
 

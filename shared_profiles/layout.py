@@ -219,6 +219,20 @@ class Layout:
         return cls(len(ids), start, stop, images, bidirectional, cut)
 
 
+def why_dense(layouts: Sequence[Layout], q_start: int) -> str | None:
+    """Why no category could save anything in a prefill; None where one could.
+
+    Args:
+        layouts: of its rows, the cache included.
+        q_start: position of the first query.
+    """
+    if all(layout.n_images < 2 for layout in layouts):
+        return "fewer than two images"
+    if all(layout.n_images == 0 or layout.images[-1, 2] <= q_start for layout in layouts):
+        return "no image tokens among the queries"
+    return None
+
+
 def _real_span(n: int, valid: Sequence[int] | np.ndarray | None) -> tuple[int, int]:
     """First and one past the last real token; refuses padding in the middle."""
     if valid is None:

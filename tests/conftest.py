@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch and transformers are first imported, here or in a subprocess a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share few cores, and sums keep one order
@@ -52,6 +53,12 @@ def _full_float32() -> Iterator[None]:
     before, cudnn.allow_tf32 = cudnn.allow_tf32, False
     yield
     cudnn.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder of each test's own: none finds the profiles of another, or leaves some with the user."""
+    monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

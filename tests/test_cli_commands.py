@@ -32,11 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PRINT = Fingerprint("qwen2_5_vl", 2, 4, 2, 16, "sha256:" + "5e" * 32)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path / "cache"))
-
-
 def blindsight(*args: object) -> Result:
     """Runs the command in this process; anything but an exit is raised."""
     result = CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,11 +16,6 @@ import tiny_models
 from blindsight_cli.main import app
 from jax_blindsight.params import load
 from jax_checkpoints import FILE, edit, edit_json, save_tiny
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path / "cache"))
 
 
 def convert(*args: object) -> Result:

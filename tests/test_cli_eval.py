@@ -30,11 +30,6 @@ from torch_blindsight.models import inspect_model
 PUZZLES = ((3000000, 4), (3000104, 6), (3000008, 6), (3000001, 1), (3000003, 3), (3000004, 4), (3000005, 3))
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path / "cache"))
-
-
 def save_items(folder: Path, puzzles: Sequence[tuple[int, int]]) -> Path:
     """Puzzles the small model was trained for; the first has options."""
     lines = []

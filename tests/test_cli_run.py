@@ -33,11 +33,6 @@ from torch_blindsight.models import inspect_model
 QUESTION = "Is the color of images 1 and 2 the same?"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model before training; tests that write into it take a copy."""

@@ -29,11 +29,6 @@ from torch_blindsight import fingerprint
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path / "cache"))
-
-
 def leaves(weights: dict) -> dict[str, np.ndarray]:
     return {path_name(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(weights)}
 

@@ -26,11 +26,6 @@ from shared_profiles.profile import Profile, ProfileMismatchError
 from tiny_models import FAMILIES
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def tiny(tmp_path):
     """A checkpoint folder and a profile of its model."""

@@ -23,7 +23,6 @@ SMALL = SinkTemplate((0, 1), (1, 2), 8)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """The user's cache folder; nothing but it may be written."""
-    monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)

@@ -121,8 +121,7 @@ def test_weights_that_are_not_there(model, family):
 
 
 @pytest.mark.parametrize("family", ["gemma3"])
-def test_arguments_out_of_range(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path))
+def test_arguments_out_of_range(model):
     with pytest.raises(ValueError, match=r"impl must be one of .*portable.*reference.* Got 'fastest'"):
         patch(model, mixed_profile(model), impl="fastest")
     with pytest.raises(ValueError, match=r"measure_prompts must be at least 1. Got 0"):

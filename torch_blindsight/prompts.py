@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from shared_profiles import Family, Layout, SpecialTokens
+from shared_profiles.layout import why_dense
 
 
 class Dense(Exception):
@@ -217,8 +218,7 @@ def _chunk_frames(rows: np.ndarray, valid: np.ndarray | None, special: SpecialTo
 
 
 def worth_it(layouts: list[Layout], q_start: int) -> None:
-    """Raises `Dense` where no category could save anything: no image rows with an earlier image among the queries."""
-    if all(layout.n_images < 2 for layout in layouts):
-        raise Dense("fewer than two images")
-    if all(layout.n_images == 0 or layout.images[-1, 2] <= q_start for layout in layouts):
-        raise Dense("no image tokens among the queries")
+    """Raises `Dense` where no category could save anything."""
+    reason = why_dense(layouts, q_start)
+    if reason is not None:
+        raise Dense(reason)

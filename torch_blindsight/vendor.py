@@ -29,6 +29,9 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_fla
 from shared_profiles.layout import Layout
 from torch_blindsight.merging import merge
 
+# Beyond, those who bring cuDNN to PyTorch report trouble since cuDNN 9.11 (pytorch/pytorch#161210), and FlashAttention
+# should be no faster than our kernel (an estimate).
+MOST_DIM = 128
 # Earlier versions are wrong where the length is not a multiple of 128 (pytorch/pytorch#169849).
 _MINIMUM_CUDNN = 91501
 # Tokens of bidirectional images computed at once: bounds the memory of what is gathered for them.
@@ -36,7 +39,12 @@ _IMAGE_TOKENS = 1 << 16
 
 
 def vendor_serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a vendor's kernel takes such queries, keys and values; not on old GPUs, and not float32 on any."""
+    """Whether a vendor's kernel takes such queries, keys and values; not on old GPUs, and not float32 on any.
+
+    Nor heads of more than `MOST_DIM` dimensions.
+    """
+    if q.shape[-1] > MOST_DIM:
+        return False
     if q.device.type == "cpu":
         return True
     n = min(q.shape[2], k.shape[2])

@@ -28,6 +28,7 @@ from blindsight_kernels.triton_work import build_work, pack
 from shared_profiles import Category, Layout, count_pairs
 from shared_profiles.plan import build_plan
 from torch_blindsight.mixed import mixed_attention
+from torch_blindsight.vendor import MOST_DIM
 
 _MIXED = "30% Dense, rest Intra-Image+Sink"
 _VENDOR, _OURS = "all Dense, the vendor's kernel", "all Dense, our kernel"
@@ -66,6 +67,8 @@ def _cases(results: Results, place: Place, shape: Shape, length: str, n_tokens: 
     layout = make_layout(shape, n_tokens)
     case = partial("{} {}: {}".format, shape.name, length)
     layers = profiles(shape.heads)
+    if shape.dim > MOST_DIM:
+        del layers[_VENDOR]
     if place.dry_run:
         layers = {name: layers[name] for name in SOME}
     here = (shape, layout, place)
@@ -198,7 +201,7 @@ def _sparse_row(
 
 
 def vendor_for_dense(*arguments: Any, scale: float) -> tuple[Tensor, Tensor]:
-    """`mixed_attention` that leaves dense heads to the vendor's kernel however short the prompt is."""
+    """`mixed_attention` that leaves dense heads, of at most `MOST_DIM`, to the vendor's kernel, whatever the length."""
     with patch("torch_blindsight.mixed.VENDOR_ROWS", 0):
         return mixed_attention(*arguments, scale=scale)
 
