@@ -51,9 +51,10 @@ class Chunk:
 
 @dataclass
 class _Known:
-    """What is behind a cache: its tokens, and the storage of its first layer's keys when they were noted."""
+    """What is behind a cache: its tokens, how many, and the storage of its first layer's keys when they were noted."""
 
     chunks: list[Chunk]
+    length: int
     keys: tuple[StorageWeakRef, ...]
 
 
@@ -84,16 +85,17 @@ class TokenHistory:
 
     def record(self, cache: Any, length: int, chunk: Chunk) -> None:
         """Notes that a chunk now follows the first `length` tokens of the cache."""
-        before = self.before(cache, length)
-        if before is None or (before and len(before[0].ids) != len(chunk.ids)):
-            self._known.pop(cache, None)
-            return
-        known = self._known.get(cache)
-        if known is not None and sum(len(c.ids[0]) for c in known.chunks) == length:
+        known, n = self._known.get(cache), length + chunk.ids.shape[1]
+        if known is not None and len(known.chunks[0].ids) != len(chunk.ids):  # rows were repeated or selected
+            del self._known[cache]
+        elif known is not None and known.length == length:
             known.chunks.append(chunk)
-            known.keys = _keys_of(cache)
+            known.length, known.keys = n, _keys_of(cache)
         else:  # a new cache, or one that was cropped
-            self._known[cache] = _Known([*before, chunk], _keys_of(cache))
+            before = self.before(cache, length)
+            self._known.pop(cache, None)
+            if before is not None:
+                self._known[cache] = _Known([*before, chunk], n, _keys_of(cache))
 
 
 def _keys_of(cache: Any) -> tuple[StorageWeakRef, ...]:
