@@ -45,6 +45,18 @@ def test_portable(family, part, backend):
     assert_same(*compiled(family, "portable", backend, part))
 
 
+def test_a_patched_model_may_be_compiled_as_a_whole():
+    """Not in one graph: the patch reads the prompt between two."""
+    model = make_model("qwen2_5_vl")
+    inputs = [make_inputs("qwen2_5_vl", [make_ids(n)]) for n in (3, 1)]
+    with torch.no_grad(), patch(model, mixed_profile(model)) as handle:
+        want = [model(**x).logits for x in inputs]
+        whole = torch.compile(model, backend="eager")
+        for x, logits in zip(inputs, want, strict=True):
+            torch.testing.assert_close(whole(**x).logits, logits, rtol=0, atol=1e-5)
+        assert handle.report()["forwards"] == {"sparse": 2, "dense: fewer than two images": 2}
+
+
 def test_triton():
     with worker() as call:
         assert_same(*call(compiled, "qwen2_5_vl", "triton", "aot_eager", LANGUAGE_MODEL))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from shared_profiles import Category, SinkTemplate
@@ -144,6 +145,7 @@ class Handle:
             "forwards": dict(self._counts),
         }
 
+    @torch.compiler.disable  # it reads ids: a model that is compiled as a whole goes on behind it in another graph
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {}) | arguments.pop("lm_kwargs", {})
@@ -178,6 +180,7 @@ class Handle:
         how, attend = self.mode.prefill(layouts, q_start, arguments)
         return how, Prefill(layouts, q_start, attend, how == "sparse" and self.implementation.differentiable)
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         prefill = current_prefill.get()
         announce(None)
