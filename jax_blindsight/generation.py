@@ -106,7 +106,8 @@ def write(
         top_k: sample from the k likeliest tokens only.
         top_p: of those, from the fewest whose probabilities add up to at least p.
         seed: of the sampling.
-        eos: the token id or ids at which a row stops. Default: none, every row runs to the limit.
+        eos: the token id or ids at which a row stops. Default: the checkpoint's, `Params.eos`; `()` for none, so that
+            every row runs to the limit.
 
     Returns:
         `[B, n_new]` int32, `n_new <= max_new_tokens`: what was written, the stopping token included; from there on a
@@ -116,7 +117,8 @@ def write(
         ValueError: an option is out of its range, or the cache is full or consumed.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
-    stops = np.array([] if eos is None else [eos] if isinstance(eos, int) else list(eos), dtype=np.int32)
+    eos = params.eos if eos is None else eos
+    stops = np.array([eos] if isinstance(eos, int) else list(eos), dtype=np.int32)
     logits, cache, key = start.logits, start.cache, jax.random.key(seed)
     written: list[np.ndarray] = []
     ended = np.zeros(cache.batch, dtype=bool)

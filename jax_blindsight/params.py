@@ -34,6 +34,7 @@ from shared_profiles.fingerprints import make_fingerprint
 from shared_profiles.lookup import FILE_NAME, find_profile
 from shared_profiles.profile import Fingerprint, Profile
 
+_GENERATION = "generation_config.json"
 _DOWNLOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 
@@ -50,6 +51,7 @@ class Params:
         fingerprint: identifies the model, the same in torch_blindsight.
         settings: the text of the checkpoint's `config.json`.
         mesh: the devices that the weights are split over; None for one device.
+        eos: token ids at which the checkpoint says that an answer ends.
     """
 
     weights: Weights
@@ -58,10 +60,12 @@ class Params:
     fingerprint: Fingerprint
     settings: str
     mesh: Mesh | None = None
+    eos: tuple[int, ...] = ()
 
     def tree_flatten(self) -> tuple[tuple[Weights], tuple]:
         """Leaves and static fields, for jax."""
-        return (self.weights,), (self.config, self._static_profile, self.fingerprint, self.settings, self.mesh)
+        static = (self.config, self._static_profile, self.fingerprint, self.settings, self.mesh, self.eos)
+        return (self.weights,), static
 
     @classmethod
     def tree_unflatten(cls, static: tuple, children: tuple[Weights]) -> Params:
@@ -146,7 +150,7 @@ def load(
     else:
         wanted = source.dtype if dtype == "auto" else _DTYPES[dtype]
         weights = source.read(_target(config, wanted, shardings))
-    return Params(weights, config, profile, fingerprint, settings, mesh)
+    return Params(weights, config, profile, fingerprint, settings, mesh, _eos(folder, hf_config))
 
 
 def save(params: Params, path: str | os.PathLike[str], *, beside: Iterable[Path] = ()) -> None:
@@ -163,9 +167,22 @@ def save(params: Params, path: str | os.PathLike[str], *, beside: Iterable[Path]
     """
     files: dict[str, str | Path] = {file.name: file for file in beside}
     files[CONFIG] = params.settings
+    files.setdefault(_GENERATION, json.dumps({"eos_token_id": list(params.eos)}))
     if params.profile is not None:
         files[FILE_NAME] = params.profile.to_json()
     write(Path(path), params.weights, params.fingerprint, files)
+
+
+def _eos(folder: Path, hf_config: Any) -> tuple[int, ...]:
+    """Where an answer ends, by the folder's generation_config.json, else by its config.json."""
+    path = folder / _GENERATION
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} must be a JSON object. Got: {error}. Save the checkpoint again.") from error
+    if not path.is_file():
+        stated = getattr(hf_config, "eos_token_id", None) or hf_config.get_text_config().eos_token_id
+    return () if stated is None else (stated,) if isinstance(stated, int) else tuple(stated)
 
 
 def _local(path: str | os.PathLike[str]) -> Path:

@@ -123,7 +123,7 @@ def trace_jax(
     tokens = None
     if n_new:
         last = replace(done, logits=done.logits[:, -1])
-        tokens, _ = write(params, last, max_new_tokens=n_new)
+        tokens, _ = write(params, last, max_new_tokens=n_new, eos=())
     return Trace(points, done.impl, tokens)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -78,7 +79,7 @@ def test_the_trained_model_answers_as_in_transformers(trained, dense):
             truth = double(**in_double(inputs), logits_to_keep=1).logits.numpy()
     start = sparse_prefill(params, in_numpy(inputs), capacity=inputs["input_ids"].shape[1] + N_NEW, dense=dense)
     assert_as_exact(start.logits, plain[:, 0], truth[:, 0])
-    got, cache = write(params, start, max_new_tokens=N_NEW)
+    got, cache = write(params, start, max_new_tokens=N_NEW, eos=())
     np.testing.assert_array_equal(got, expected)
     assert cache.length == inputs["input_ids"].shape[1] + N_NEW - 1
     words = processor.tokenizer.convert_ids_to_tokens(got[:, 0].tolist())
@@ -89,7 +90,7 @@ def test_a_second_turn_with_another_image():
     """After prompts padded on the right and an answer: what the whole conversation in one prompt would give."""
     model, inputs = twin("gemma3"), make_inputs("gemma3", [make_ids(3), make_ids(2, seed=1)], left=False)
     start = sparse_prefill(model.params, in_numpy(inputs), capacity=inputs["input_ids"].shape[1] + N_NEW)
-    answers, cache = write(model.params, start, max_new_tokens=6)
+    answers, cache = write(model.params, start, max_new_tokens=6, eos=())
     turns = [[int(answer[-1]), *make_ids(1, seed=b)] for b, answer in enumerate(answers)]
     turn = make_inputs("gemma3", turns, seed=5)
     done = sparse_prefill(model.params, in_numpy(turn), cache=cache)
@@ -123,10 +124,11 @@ def test_no_step_compiles_again(monkeypatch):
 def test_a_row_stops_at_eos_and_the_batch_when_all_have():
     params, inputs = twin("gemma3").params, in_numpy(batch("gemma3"))
     options = dict(max_new_tokens=N_NEW, temperature=2.0)
-    whole = generate(params, inputs, **options)
+    whole = generate(params, inputs, eos=(), **options)
     stops = [int(whole[0, 3]), int(whole[1, 7])]
     ends = [int(np.flatnonzero(np.isin(row, stops))[0]) for row in whole]
     got = generate(params, inputs, eos=stops, **options)
+    assert np.array_equal(generate(replace(params, eos=tuple(stops)), inputs, **options), got), "the checkpoint's own"
     assert ends[0] != ends[1] and got.shape == (2, max(ends) + 1)
     for b, end in enumerate(ends):
         np.testing.assert_array_equal(got[b, : end + 1], whole[b, : end + 1])
@@ -136,13 +138,13 @@ def test_a_row_stops_at_eos_and_the_batch_when_all_have():
 def test_sampling_is_seeded():
     params, inputs = twin("gemma3").params, in_numpy(batch("gemma3"))
     options = dict(max_new_tokens=N_NEW, temperature=1.5, top_k=20, top_p=0.9)
-    one, same, other = (generate(params, inputs, seed=seed, **options) for seed in (1, 1, 2))
+    one, same, other = (generate(params, inputs, seed=seed, eos=(), **options) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
-    greedy = generate(params, inputs, max_new_tokens=N_NEW)
+    greedy = generate(params, inputs, max_new_tokens=N_NEW, eos=())
     for narrow in (dict(top_k=1), dict(top_p=1e-6)):
         options = dict(max_new_tokens=N_NEW, temperature=1.5) | narrow
-        np.testing.assert_array_equal(generate(params, inputs, **options), greedy)
+        np.testing.assert_array_equal(generate(params, inputs, eos=(), **options), greedy)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,19 @@ def test_a_saved_model_is_the_same_to_the_bit(tmp_path, family, dtype):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.parametrize(("stated", "want"), [(None, ()), (7, (7,)), ([7, 9], (7, 9))])
+def test_where_an_answer_ends_is_the_checkpoints(tmp_path, stated, want):
+    save_tiny(tmp_path / "hf", "qwen2_vl")
+    (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    params = load(tmp_path / "hf")
+    assert params.eos == want
+    save(params, tmp_path / "saved")
+    assert load(tmp_path / "saved").eos == want
+    (tmp_path / "hf" / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config.json must be a JSON object"):
+        load(tmp_path / "hf")
+
+
 def test_a_saved_model_loads_in_another_dtype(tiny, tmp_path):
     params = load(tiny[0])
     save(params, tmp_path / "saved")

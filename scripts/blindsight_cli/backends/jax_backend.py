@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from transformers import AutoConfig, GenerationConfig
 
 from blindsight_cli.backends import NO_PROFILE, Answer, Facts, Prompt
 from blindsight_cli.loading import check_family
@@ -46,7 +45,6 @@ class JaxBackend:
         self.facts = Facts(
             FAMILIES[config.family], config.special, self.params.fingerprint, config.text.windows, n_parameters
         )
-        self._eos = _stopping_tokens(folder)
         self._compiled: set[tuple] = set()
         self._impl = _pick_implementation(self.params)
 
@@ -83,7 +81,7 @@ class JaxBackend:
         """See `Backend`."""
         params, done = self._prefill(prompt, profile, max_new_tokens)
         log_probs = _log_softmax(done.logits)[0]
-        ids, _ = write(params, done, max_new_tokens=max_new_tokens, eos=self._eos)
+        ids, _ = write(params, done, max_new_tokens=max_new_tokens)
         return Answer(ids[0].tolist(), log_probs, "dense" if profile is None else done.how)
 
     def answer_unprofiled(self, prompt: Prompt, max_new_tokens: int) -> Answer:
@@ -174,16 +172,6 @@ def pick_device(name: str | None) -> jax.Device:
     except (RuntimeError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[0].rstrip(".!")
         raise ValueError(f"the device must exist for JAX, such as cpu or cuda. Got {name!r}: {reason}.") from error
-
-
-def _stopping_tokens(folder: Path) -> list[int]:
-    """Where the checkpoint says that an answer ends."""
-    try:
-        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    eos = config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
 def _log_softmax(logits: Array) -> np.ndarray:
