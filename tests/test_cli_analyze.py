@@ -83,6 +83,7 @@ def test_what_cannot_be_analyzed_is_refused(checkpoint: Path, tmp_path: Path) ->
         ((), "needs prompts"),
         ((single, "--puzzles", 2), "Give one of them"),
         ((single,), "at least two images"),
+        ((single, "--out", single), "--out must name a file of its own"),
         (("--puzzles", 2, "--out", tmp_path / "no" / "page.html"), "there is no folder"),
     ):
         result = blindsight("analyze", checkpoint, *args)

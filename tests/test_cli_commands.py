@@ -149,6 +149,9 @@ def test_report(tmp_path: Path) -> None:
     assert out.read_text().startswith("<!DOCTYPE html>")
     assert json.loads(blindsight("report", saved, "--out", out, "--json").stdout) == {"report": str(out)}
     assert blindsight("report", saved, "--out", tmp_path / "no" / "report.html").exit_code == 2
+    result = blindsight("report", saved, "--out", saved)
+    assert result.exit_code == 2 and "--out must name a file of its own" in result.stderr
+    assert json.loads(saved.read_text()) == data.to_json()
     for text in ("{", '{"format": "blindsight-report", "version": 99}', "[]"):
         saved.write_text(text)
         result = blindsight("report", saved, "--out", out)
@@ -283,8 +286,11 @@ def test_doctor_looks_at_a_checkpoint(tmp_path: Path) -> None:
     assert code == 0 and "qwen2_5_vl, 6 layers of 8 heads" in found["checkpoint"]["detail"]
     assert found["its profile"]["status"] == "info" and "calibrate" in found["its profile"]["detail"]
     Profile.uniform(Category.SINK, PRINT).save(folder / "blindsight_profile.json")
-    for name in ("tokenizer.json", "processor_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
+    code, found = checks(folder)
+    assert "tokenizer that does not know <|image_pad|>" in found["its processor"]["detail"]
+    (folder / "processor_config.json").unlink()
     code, found = checks(folder)
     assert code == 3 and "n_layers" in found["its profile"]["detail"] and found["its profile"]["advice"]
     assert found["its processor"]["status"] == "failed"

@@ -84,8 +84,8 @@ def test_another_budget_needs_no_model(profile: Path, tmp_path: Path) -> None:
     assert told["point"]["kl"] == dearest.kl == after.choice["kl"] and told["choice"] == after.choice
     assert Profile.load(profile) == before
     result = blindsight("profile", "retune", profile, "--budget", 0)
-    assert result.exit_code == 0 and "> " in result.stdout
-    assert Profile.load(profile) == retune(before, 0.0)
+    assert result.exit_code != 0 and "at which some head is sparse" in result.stderr and "--verify" in result.stderr
+    assert Profile.load(profile) == before, "never replaced by an all-Dense one"
 
 
 def test_thresholds_choose_again_and_say_that_nothing_was_measured(profile: Path) -> None:
@@ -143,6 +143,7 @@ def test_what_retune_refuses(profile: Path, checkpoint: Path, prompts: Path, tmp
         (3, "belong to the model", (by_hand, "--budget", 1, "--verify", checkpoint, prompts)),
         (2, "other prompts than it was made from", (profile, "--budget", 1, "--verify", checkpoint, prompts)),
         (2, "at least two images", (profile, "--budget", 1, "--verify", checkpoint, lone)),
+        (2, "a file of its own", (profile, "--budget", 1, "--verify", checkpoint, lone, "--out", lone)),
     ):
         result = blindsight("profile", "retune", *args)
         assert (result.exit_code, result.stdout) == (code, ""), (message, result.stderr)
@@ -154,6 +155,7 @@ def test_what_calibrate_refuses(checkpoint: Path, prompts: Path, tmp_path: Path)
     out = tmp_path / "p.json"
     for code, message, args in (
         (2, "leave out the others", ("--budget", 0.1, "--gamma-dense", 0.5)),
+        (2, "nothing is held out", ("--thresholds", "--held-out", 0.5)),
         (2, "finite number of nats", ("--budget", "nan")),
         (2, "a share of the prompts in (0, 1)", ("--held-out", 1)),
         (2, "the held-out split must have a prompt", ("--held-out", 1e-9)),

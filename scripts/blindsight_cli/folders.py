@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from blindsight_cli.errors import IncompatibleError
@@ -36,16 +37,20 @@ def check_family(folder: Path) -> None:
         raise IncompatibleError(f"{folder}: {error}") from error
 
 
-def require_writable(option: str, path: Path) -> None:
-    """Refuses, before the work, a file that could not be written after it.
+def require_writable(option: str, path: Path, others: Mapping[str, Path | None] | None = None) -> None:
+    """Refuses, before the work, a file that could not be written after it, or whose writing would destroy another.
 
     Args:
         option: the option that named the file.
         path: the file.
+        others: what else is read or written, by the option or argument that named it.
 
     Raises:
-        ValueError: it is a folder, or the folder around it is missing or read-only.
+        ValueError: it is one of the others, or a folder, or the folder around it is missing or read-only.
     """
+    for other, its in (others or {}).items():
+        if its is not None and its.resolve() == path.resolve():
+            raise ValueError(f"{option} must name a file of its own. Got {path}, which is also {other}.")
     folder = path.parent
     if path.is_dir():
         wrong = "it is a folder"

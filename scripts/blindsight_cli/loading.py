@@ -67,7 +67,11 @@ def load_model(folder: Path, *, dtype: str = "auto", device: str = "cpu") -> Any
 def load_processor(folder: Path) -> Any:
     """The processor of a checkpoint folder; see `load_checkpoint`."""
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        tokenizer, image = processor.tokenizer, processor.image_token
+        if tokenizer.convert_tokens_to_ids(image) == tokenizer.unk_token_id:  # transformers makes an empty one up
+            raise ValueError(f"a tokenizer that does not know {image}")
+        return processor
     except ImportError as error:  # the message goes on about how to install it
         reason = " ".join(str(error).split()).partition(" Check out")[0].rstrip(".")
         raise IncompatibleError(

@@ -172,6 +172,8 @@ def calibrate(
     gammas = typed_thresholds(thresholds, gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile)
     if gammas is not None and (budget is not None or ranking is not None):
         raise typer.BadParameter("choose by --budget or by thresholds: leave out the others.")
+    if gammas is not None and held_out is not None:
+        raise typer.BadParameter("--held-out is for budgets: with thresholds nothing is held out. Leave it out.")
     found_by = gammas or Budget(Budget.kl if budget is None else budget, ranking or Budget.ranking)
     return run_calibrate(
         checkpoint=checkpoint,

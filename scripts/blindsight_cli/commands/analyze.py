@@ -57,7 +57,7 @@ def run_analyze(
     if (data is None) == (puzzles is None):
         raise ValueError("an analysis needs prompts: name a JSONL file, or ask for --puzzles. Give one of them.")
     check_family(checkpoint)
-    require_writable("--out", out)
+    require_writable("--out", out, {"PROMPTS": data, "--profile": profile})
     lines = None if data is None else [p for p in read_prompts(data, limit) if len(p.images) >= 2]
     if lines is not None and not lines:
         raise ValueError(f"{data}: an analysis needs prompts with at least two images. Got none.")

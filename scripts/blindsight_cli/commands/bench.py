@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from blindsight_cli.folders import require_writable
 from blindsight_cli.timing import describe_cpu, time_pair
 from shared_profiles import Category, Layout, SinkTemplate, build_plan, count_pairs
 from torch_blindsight import portable_attention
@@ -205,13 +206,15 @@ def run_bench(*, what: str, out: Path | None, repeats: int, as_json: bool) -> in
         The exit code: 0.
 
     Raises:
-        ValueError: an unknown benchmark, or fewer than one repeat.
+        ValueError: an unknown benchmark, fewer than one repeat, or a file that cannot be written.
     """
     names = list(BENCHMARKS) if what == "all" else [what]
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise ValueError(f"the benchmark must be one of {', '.join(BENCHMARKS)} or all. Got {unknown[0]!r}.")
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1. Got {repeats}.")
+    if out is not None:
+        require_writable("--out", out)
     torch.manual_seed(0)
     cpu, cores = describe_cpu()
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")}

@@ -116,13 +116,20 @@ def run_calibrate(
             return INTERRUPTED
         seconds = time.perf_counter() - begun
         if place.is_first:
-            if out.exists() and not profile.categories.any():
-                older, out = out, out.with_name(f"{out.stem}.dense{out.suffix}")
-                note(f"{older} stays as it was: what was found now would make every head Dense, and is in {out}")
+            out = spared(out, profile)
             replaced = out.exists()
             profile.save(out)
             _tell(profile, checkpoint, out, replaced, skipped, seconds, as_json=as_json)
     return ExitCode.OK
+
+
+def spared(out: Path, profile: Profile) -> Path:
+    """Where to save a profile: beside a file that is there, if it would make every head Dense."""
+    if not out.exists() or profile.categories.any():
+        return out
+    beside = out.with_name(f"{out.stem}.dense{out.suffix}")
+    note(f"{out} stays as it was: what was found now would make every head Dense, and is in {beside}")
+    return beside
 
 
 def read_sinks(text: str, local_block: int | None) -> SinkTemplate:
@@ -139,14 +146,10 @@ def read_sinks(text: str, local_block: int | None) -> SinkTemplate:
 
 def _check_files(data: Path, out: Path, state: Path | None, merge: list[Path]) -> None:
     """Refuses, before the work, files that could not be written after it or would overwrite one another."""
-    written = {"--out": out} | ({} if state is None else {"--state": state})
-    for name, file in written.items():
-        require_writable(name, file)
     read = {"PROMPTS": data, **{f"--merge {file}": file for file in merge}}
-    for name, file in written.items():
-        for other, its in {**read, **written}.items():
-            if other != name and its.resolve() == file.resolve():
-                raise ValueError(f"{name} must name a file of its own. Got {file}, which is also {other}.")
+    require_writable("--out", out, {**read, "--state": state})
+    if state is not None:
+        require_writable("--state", state, read)
     for file in merge:
         if not file.is_file():
             raise ValueError(f"--merge must name a state, as --state writes it. There is no {file}.")

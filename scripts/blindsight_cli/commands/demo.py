@@ -18,6 +18,7 @@ from rich.table import Table
 
 from blindsight_cli import report as reporting
 from blindsight_cli.backends import Backend, BackendName, Prompt, load_backend
+from blindsight_cli.folders import require_writable
 from blindsight_cli.loading import load_processor
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import Puzzle
@@ -56,6 +57,7 @@ def run_demo(
     Returns:
         The exit code: 0.
     """
+    require_writable("--out", out)
     console = Console(stderr=as_json)
     folder = model or SHIPPED_MODEL
     vlm, processor = load_backend(backend, folder, device="cpu"), load_processor(folder)

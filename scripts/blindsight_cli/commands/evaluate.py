@@ -66,7 +66,7 @@ def run_eval(
         IncompatibleError, ProfileError: model, profile and versions do not go together.
     """
     check_family(checkpoint)
-    require_writable("--out", out)
+    require_writable("--out", out, {"ITEMS": data, "--profile": profile})
     items = read_items(data, limit)
     given = None if profile is None else Profile.load(profile)
     model = load_backend(backend, checkpoint, dtype=dtype, device=device)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from blindsight_cli.errors import ExitCode
+from blindsight_cli.folders import require_writable
 from blindsight_cli.output import print_json, results
 from blindsight_cli.report import ReportData, write_report
 
@@ -14,9 +15,10 @@ def run_report(path: Path, out: Path, *, as_json: bool) -> int:
     """Renders a saved report.
 
     Raises:
-        ValueError: the file holds no report, or one of another version.
+        ValueError: the file holds no report, or one of another version; or `out` cannot be written.
         OSError: a file cannot be read or written.
     """
+    require_writable("--out", out, {"RESULTS": path})
     try:
         document = json.loads(path.read_bytes())
     except ValueError as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from blindsight_cli.backends import BackendName, load_backend
-from blindsight_cli.commands.calibrate import check_quantile, tell_choice
+from blindsight_cli.commands.calibrate import check_quantile, spared, tell_choice
 from blindsight_cli.commands.profile import category_table, print_curve
 from blindsight_cli.errors import ExitCode
 from blindsight_cli.folders import require_writable
@@ -56,17 +56,33 @@ def run_retune(
     """
     profile = Profile.load(path)
     out = out or path
-    require_writable("--out", out)
+    others = {} if verify_with is None else {"PROMPTS": verify_with[1]}
+    require_writable("--out", out, others)
     check_quantile(Budget(how) if isinstance(how, float) else how)
     if ranking is not None and (verify_with is None or not isinstance(how, float)):
         raise ValueError("--ranking orders the heads of a new search: give --budget and --verify CHECKPOINT PROMPTS.")
     if verify_with is None:
-        new = retune(profile, how) if isinstance(how, float) else retune_by_thresholds(profile, how)
+        new = _stored(profile, how)
     else:
         new = _measured(profile, how, ranking, *verify_with, backend, device)
+        out = spared(out, new)
     new.save(out)
     _tell(new, out, as_json=as_json)
     return ExitCode.OK
+
+
+def _stored(profile: Profile, how: float | Thresholds) -> Profile:
+    """The profile retuned by what it holds."""
+    if isinstance(how, Thresholds):
+        return retune_by_thresholds(profile, how)
+    new = retune(profile, how)
+    if not new.choice["reached"] and profile.categories.any():
+        least = min(point.kl for point in profile.curve if point.kept < 1)
+        raise ValueError(
+            f"the curve must have a point within the budget of {how:g} nats at which some head is sparse. Its cheapest "
+            f"costs {least:.2g} nats. Allow more, or measure others: --verify CHECKPOINT PROMPTS."
+        )
+    return new
 
 
 def _measured(
