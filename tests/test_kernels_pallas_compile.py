@@ -85,7 +85,7 @@ def test_worse_is_named():
 def python(*arguments: str, lane: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs Python with the folder of the plug-in on its path, or without."""
     path = os.pathsep.join(filter(None, [str(lane or ""), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "XLA_FLAGS": ""}  # optimized as for a user
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=560, check=False, env=environment
     )
