@@ -92,6 +92,7 @@ def test_patching_again_returns_the_same_handle(case, tmp_path):
     case.profile.save(tmp_path / "profile.json")
     with patch(case.model, tmp_path / "profile.json") as handle:
         assert handle.profile == case.profile
+        assert handle.report()["profile"] == str(tmp_path / "profile.json")
         assert patch(case.model, str(tmp_path / "profile.json")) is handle
     newer = patch(case.model, case.profile)
     handle.unpatch()
@@ -114,6 +115,7 @@ def test_report(case):
         assert handle.report() == {
             "state": "sparse",
             "impl": "portable",
+            "profile": "in memory",
             "categories": [one_of_each] * 4,
             "forwards": {},
         }

@@ -45,7 +45,8 @@ def test_measures_the_first_prompts_then_freezes_and_is_found_again(family, cach
     model, prompts = make_model(family), prompts_of(family, 3)
     dense = [model(**x).logits for x in prompts]
     handle = patch(model, template=SMALL, measure_prompts=3)
-    assert handle.report() == {"state": "measuring", "impl": "portable", "categories": None, "forwards": {}}
+    nothing_yet = {"profile": None, "categories": None, "forwards": {}}
+    assert handle.report() == {"state": "measuring", "impl": "portable", **nothing_yet}
     assert handle.profile is None
     model(**make_inputs(family, [make_ids(1)]))  # shows nothing, so it does not count
     for x, want in zip(prompts, dense, strict=True):
@@ -58,6 +59,7 @@ def test_measures_the_first_prompts_then_freezes_and_is_found_again(family, cach
     what = "are sparse from now on" if profile.categories.any() else "stay dense: no head may be sparse"
     froze = f"measured 3 prompts and froze a profile ({counts}); prefills {what}; saved as {path}"
     assert log() == [("WARNING", froze)]
+    assert handle.report()["profile"] == str(path)
     assert profile.template == SMALL
     assert profile.fingerprint == fingerprint(model)
     assert profile.provenance.n_prompts == profile.summary.n_prompts == 3
@@ -71,6 +73,7 @@ def test_measures_the_first_prompts_then_freezes_and_is_found_again(family, cach
     assert [p for p in cache.rglob("*") if p.is_file()] == [path]
     with patch(make_model(family)) as found:
         assert found.profile == profile
+        assert found.report()["profile"] == str(path)
         assert torch.equal(found.model(**prompts[0]).logits, again)
     assert log()[1:] == [("INFO", f"using the profile {path}")]
     with patch(make_model(family, seed=1)) as other:
@@ -159,7 +162,7 @@ def test_a_cache_that_cannot_be_written_is_reported_and_serving_goes_on(family, 
         assert "froze a profile" in message
         assert str(cache) in message
         assert "handle.profile.save(path)" in message
-        assert handle.report()["state"] == "sparse"
+        assert handle.report()["state"] == "sparse" and handle.report()["profile"] == "in memory"
         model(**inputs)
         handle.profile.save(tmp_path / "kept.json")
         assert Profile.load(tmp_path / "kept.json") == handle.profile

@@ -66,16 +66,13 @@ class Freezer(ObserveMode):
                 self.statistics.add(f"{digest}-{len(self.statistics)}", record)
         if len(self.statistics) < self.n_prompts:
             return self
-        return SparseMode(self._freeze(), self._implementation, self.info, self._break_even)
-
-    def _freeze(self) -> Profile:
         profile = make_profile(
             self.statistics, Thresholds(), self.template, self.fingerprint, "first prompts seen", PACKAGES
         )
-        self._save(profile)
-        return profile
+        return SparseMode(profile, self._implementation, self.info, self._break_even, self._save(profile))
 
-    def _save(self, profile: Profile) -> None:
+    def _save(self, profile: Profile) -> str:
+        """Returns where it lies then."""
         path = cache_path(self.fingerprint)
         counts = ", ".join(f"{n} {category.name}" for category, n in profile.counts().items())
         measured = f"measured {len(self.statistics)} prompts and froze a profile ({counts}); prefills " + (
@@ -88,8 +85,9 @@ class Freezer(ObserveMode):
             logger.error(
                 "%s, but it could not be saved: %s. Call handle.profile.save(path) to keep it.", measured, error
             )
-            return
+            return "in memory"
         logger.warning("%s; saved as %s", measured, path)
+        return str(path)
 
 
 def _repeats(arguments: Mapping[str, Any], special: SpecialTokens) -> list[bool]:

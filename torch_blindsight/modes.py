@@ -37,10 +37,18 @@ class SparseMode:
         implementation: what computes them.
         info: the model.
         break_even: run prompts dense that are too short to gain.
+        source: where the profile lies, for the report.
     """
 
-    def __init__(self, profile: Profile, implementation: Implementation, info: ModelInfo, break_even: bool) -> None:
-        self.profile, self.implementation, self.info = profile, implementation, info
+    def __init__(
+        self,
+        profile: Profile,
+        implementation: Implementation,
+        info: ModelInfo,
+        break_even: bool,
+        source: str = "in memory",
+    ) -> None:
+        self.profile, self.implementation, self.info, self.source = profile, implementation, info, source
         self._costs = implementation.costs if break_even else None
         self._all_dense = not profile.categories.any()
 

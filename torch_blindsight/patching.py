@@ -24,7 +24,7 @@ from torch import nn
 
 from shared_profiles import Category, SinkTemplate
 from shared_profiles.lookup import find_profile
-from shared_profiles.profile import Fingerprint, Profile
+from shared_profiles.profile import Profile
 from torch_blindsight.attention import NAME, Prefill, announce, current_prefill, register, registered
 from torch_blindsight.freeze import Freezer
 from torch_blindsight.implementations import Implementation, Name, implementation
@@ -130,17 +130,20 @@ class Handle:
         """What the patch did so far.
 
         Returns:
-            `state`: "sparse", "measuring" or "unpatched"; `impl`: what computes prefills; `categories`: per layer,
-            heads of each category, None while measuring; `forwards`: how many ran `"sparse"`, `"measured"`, or
+            `state`: "sparse", "measuring" or "unpatched"; `impl`: what computes prefills; `profile`: the path of the
+            one in force, "in memory" if it has none; `categories`: per layer, heads of each category (both None while
+            measuring); `forwards`: how many ran `"sparse"`, `"measured"`, or
             `"dense: <reason>"`; `", pruned"` follows where a pruner dropped tokens.
         """
         patched = getattr(self.model, HANDLE, None) is self
-        categories = None
-        if self.profile is not None:
-            categories = [{c.name: int((layer == c).sum()) for c in Category} for layer in self.profile.categories]
+        source = categories = None
+        if isinstance(mode := self.mode, SparseMode):
+            source = mode.source
+            categories = [{c.name: int((layer == c).sum()) for c in Category} for layer in mode.profile.categories]
         return {
-            "state": "unpatched" if not patched else "sparse" if self.profile is not None else "measuring",
+            "state": "unpatched" if not patched else "measuring" if source is None else "sparse",
             "impl": self.implementation.name,
+            "profile": source,
             "categories": categories,
             "forwards": dict(self._counts),
         }
@@ -283,10 +286,15 @@ def patch(
     info = inspect_model(model)
     print_ = fingerprint(model, info)
     chosen = implementation(impl, model, info)
+    source = "in memory"
     if profile is None:
-        profile = _find(model, print_)
+        found = find_profile(print_, getattr(model.config, "_name_or_path", None))
+        if found is not None:
+            profile, source = found[0], str(found[1])
+            logger.info("using the profile %s", source)
     else:
-        profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+        if not isinstance(profile, Profile):
+            profile, source = Profile.load(profile), str(profile)
         profile.require(print_, allow_mismatch=allow_mismatch)
     if profile is not None and template not in (None, profile.template):
         raise ValueError(
@@ -301,17 +309,8 @@ def patch(
     if profile is None:
         mode: Mode = Freezer(info, print_, template or SinkTemplate(), measure_prompts, chosen, break_even)
     else:
-        mode = SparseMode(profile, chosen, info, break_even)
+        mode = SparseMode(profile, chosen, info, break_even, source)
     handle = Handle(model, info, mode, chosen, pruner)
     handle.asked = asked
     handle.install()
     return handle
-
-
-def _find(model: nn.Module, print_: Fingerprint) -> Profile | None:
-    """The model's profile, from the places where one may lie."""
-    found = find_profile(print_, getattr(model.config, "_name_or_path", None))
-    if found is None:
-        return None
-    logger.info("using the profile %s", found[1])
-    return found[0]
