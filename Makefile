@@ -39,7 +39,8 @@ clean: ## remove caches and build output; the virtual environment stays
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV): about 4 minutes the first time"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,jax,cli,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[torch,jax,cli,dev]'
+	@$(BIN)/python -W ignore -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true # on all cores; pip takes one
 	@touch $@
 
 $(LANE)/.installed: constraints-cuda.txt $(STAMP)

@@ -70,7 +70,15 @@ class GradientObserver(Observer):
                 assert self._seen is not None
                 out, (q, k, v, scale, window) = self._seen
                 outputs = result[0] if isinstance(result, tuple) else result
-                gradient, by_out = torch.autograd.grad(outputs, (hidden, out), gradient)
+                by_out = None
+                if out.requires_grad:
+                    gradient, by_out = torch.autograd.grad(outputs, (hidden, out), gradient, allow_unused=True)
+                if by_out is None:  # nothing came through the projections
+                    raise NotImplementedError(
+                        f"the ranking 'gradient' needs layers that can be differentiated. Layer {number} cannot: "
+                        f"{type(layer.self_attn.o_proj).__name__} has no backward pass. Rank by 'residual': "
+                        "Budget(..., 'residual'), --ranking residual."
+                    )
                 self._seen = None
                 del result, outputs, out, hidden
                 self.measure(number, q, k, v, scale, window, by_out)

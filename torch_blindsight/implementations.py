@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -78,7 +79,11 @@ def implementation(name: str | None, model: nn.Module, info: ModelInfo) -> Imple
     """
     if name is not None and name not in get_args(Name):
         raise ValueError(f"impl must be one of {', '.join(get_args(Name))}, or None. Got {name!r}.")
-    devices = {attention.q_proj.weight.device for attention in info.attentions}
+    # Of some quantizers' projections all tensors are buffers.
+    devices = {
+        next(chain(projection.parameters(), projection.buffers())).device
+        for projection in (attention.q_proj for attention in info.attentions)
+    }
     name = name or ("triton" if all(device.type == "cuda" for device in devices) else "portable")
     if name == "portable":
         return Implementation("portable", portable_attention, True, PORTABLE_COSTS)

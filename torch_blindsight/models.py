@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shared_profiles import FAMILIES, Family, SpecialTokens, family_of
 from shared_profiles.fingerprints import make_fingerprint, sampled_rows
@@ -116,11 +117,23 @@ def fingerprint(model: nn.Module, info: ModelInfo | None = None) -> Fingerprint:
 
 def _samples(model: nn.Module) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """What `make_fingerprint` wants of every weight."""
-    for name, weight in model.named_parameters():
+    for name, weight in chain(model.named_parameters(), _saved_buffers(model)):
         if name == "lm_head.weight":  # a model without its head is the same model
             continue
         if weight.device.type == "meta":
             raise ValueError("the model's weights must be loaded. Got weights on the meta device.")
+        weight = weight.detach()
+        if type(weight) is not Tensor:  # a quantizer's own: torchao, quanto
+            weight = weight.dequantize()
+        weight = torch.atleast_1d(weight)
         shape = tuple(weight.shape)
-        rows = weight.detach()[sampled_rows(shape)].to("cpu", torch.bfloat16)
+        rows = weight[sampled_rows(shape)].to("cpu", torch.bfloat16)
         yield shape, rows.contiguous().view(torch.uint8).numpy()
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Those of a checkpoint: the weights of some quantizers (AWQ, GPTQ) are no parameters."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer

@@ -26,9 +26,6 @@ class ResidualStream:
     Args:
         model: the model.
         info: its attention-relevant facts.
-
-    Raises:
-        NotImplementedError: the output projections are quantized.
     """
 
     def __init__(self, model: nn.Module, info: ModelInfo) -> None:
@@ -37,12 +34,6 @@ class ResidualStream:
         self._norms: dict[int, Tensor] = {}  # by layer, [B, T]
         self._grams: dict[int, Tensor] = {}  # by layer, [H, D, D] float32: W_o^T W_o of each head
         self._hooks: list[Any] = []
-        for attention in info.attentions:
-            if not _weight(attention.o_proj).is_floating_point():
-                raise NotImplementedError(
-                    "the ranking 'residual' reads the weights of the output projections. Got quantized ones. Rank by "
-                    "'error', or calibrate the model as it was before."
-                )
 
     def __enter__(self) -> ResidualStream:
         for i, layer in enumerate(self._layers):
@@ -64,17 +55,20 @@ class ResidualStream:
             dense: `[B, T, H, D]`, the layer's dense outputs.
             change: `[n, H, D]` float32, what a category changes in these rows.
         """
-        moved = torch.einsum("nhd,hde,nhe->nh", change, self._gram(layer), change).clamp_min(0)
+        moved = torch.einsum("nhd,hde,nhe->nh", change, self._gram(layer, dense), change).clamp_min(0)
         norms = self._norms[layer][b, rows]
         scale = torch.where(norms == 0, 0.0, self._added(layer, dense[b, rows]) / norms)  # zeros have no scale
         return moved * scale[:, None] ** 2
 
-    def _gram(self, layer: int) -> Tensor:
+    def _gram(self, layer: int, like: Tensor) -> Tensor:
         if layer not in self._grams:
             n_heads, dim = self._shape
-            weight = _weight(self._layers[layer].self_attn.o_proj).detach().float()  # [E, H * D]
-            by_head = weight.view(-1, n_heads, dim)
-            self._grams[layer] = torch.einsum("ehd,ehf->hdf", by_head, by_head)
+            # What the projection does to unit vectors is its weight, quantized or with adapters as it may be.
+            units = torch.eye(n_heads * dim, dtype=like.dtype, device=like.device)
+            project = self._layers[layer].self_attn.o_proj
+            columns = project(units).float() - project(torch.zeros_like(units[:1])).float()  # [H * D, E]; no bias
+            by_head = columns.view(n_heads, dim, -1)
+            self._grams[layer] = by_head @ by_head.mT
         return self._grams[layer]
 
     def _added(self, layer: int, dense: Tensor) -> Tensor | float:
@@ -93,9 +87,3 @@ class ResidualStream:
             self._norms[layer] = torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=precise)
 
         return note
-
-
-def _weight(projection: Any) -> Tensor:
-    """A projection's weight; PEFT and quantizers keep the layer they wrap in `base_layer`."""
-    weight: Tensor = getattr(projection, "base_layer", projection).weight
-    return weight
