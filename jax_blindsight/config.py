@@ -170,6 +170,11 @@ class ModelConfig:
         """
         settings = config.to_dict()
         family = family_of(settings)
+        if quantization := settings.get("quantization_config"):
+            raise NotImplementedError(
+                f"the checkpoint must hold plain weights. Got quantized ones ({quantization.get('quant_method')}). "
+                "Load the one that it was made from."
+            )
         text, vision = _READERS[family.name](config)
         _refuse("activation function", {text.activation, vision.activation} - set(ACTIVATIONS), ACTIVATIONS)
         return cls(family.name, family.special_tokens(settings), family.bidirectional, text, vision)

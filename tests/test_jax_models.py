@@ -243,8 +243,9 @@ def test_tied_weights_have_one_table():
         ("gemma3", lambda c: setattr(c.text_config, "attn_logit_softcapping", 50.0), "attn_logit_softcapping must be"),
         ("gemma3", lambda c: setattr(c.text_config, "use_bidirectional_attention", True), "must be False .* Got True"),
         ("qwen2_5_vl", lambda c: setattr(c.vision_config, "hidden_act", "relu"), "activation function .* Got relu"),
+        ("qwen2_vl", lambda c: setattr(c, "quantization_config", {"quant_method": "awq"}), r"plain weights.*\(awq\)"),
     ],
-    ids=["yarn", "softcap", "bidirectional-text", "activation"],
+    ids=["yarn", "softcap", "bidirectional-text", "activation", "quantized"],
 )
 def test_what_the_models_do_not_compute_is_refused(family, change, message):
     config = make_model(family).config
