@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
@@ -12,6 +11,8 @@ from shared_profiles.budget import Budget
 from shared_profiles.profile import ProfileMismatchError
 from tiny_models import make_ids, make_inputs, make_model, mixed_profile, patch
 from torch_blindsight import calibrate, fingerprint
+
+peft = pytest.importorskip("peft", reason="needs peft, bitsandbytes and torchao, of the extra dev")
 
 # What the quantizers themselves warn of.
 pytestmark = [
@@ -75,8 +76,8 @@ def test_a_quantized_model_is_calibrated_and_patched(name, tmp_path):
 def test_adapters_count_as_if_they_were_merged():
     model = make_model(FAMILY, n_layers=2)
     plain = harm_of(model)
-    adapters = LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
-    wrapped = get_peft_model(model, adapters).eval()
+    adapters = peft.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, adapters).eval()
     inside = harm_of(wrapped.base_model.model)
     merged = harm_of(wrapped.merge_and_unload())
     for name in ("gradient", "residual"):

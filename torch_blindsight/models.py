@@ -121,7 +121,10 @@ def _samples(model: nn.Module) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         if name == "lm_head.weight":  # a model without its head is the same model
             continue
         if weight.device.type == "meta":
-            raise ValueError("the model's weights must be loaded. Got weights on the meta device.")
+            raise ValueError(
+                "the model's weights must be loaded. Got some on the meta device: offloaded, or not loaded yet. "
+                "Load the whole model onto its devices."
+            )
         weight = weight.detach()
         if type(weight) is not Tensor:  # a quantizer's own: torchao, quanto
             weight = weight.dequantize()
