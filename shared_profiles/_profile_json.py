@@ -18,7 +18,7 @@ import numpy as np
 from shared_profiles._values import rounded
 from shared_profiles.profile_parts import ProfileError
 
-VERSION = 3
+VERSION = 4
 SCHEMA = f"blindsight.profile/{VERSION}"
 LARGEST_INTEGER = 2**53 - 1  # what every JSON reader keeps exactly
 

@@ -316,6 +316,8 @@ class Statistics:
     def summarize(self) -> Summary:
         """Quantiles at `LEVELS` and means over the prompts; mass that rounding took past 1 counts as 1.
 
+        Before the mean, a prompt's harm is divided by the square root of its sum (`Summary.harm` says why).
+
         Raises:
             ValueError: no prompt was added.
         """
@@ -327,7 +329,9 @@ class Statistics:
         error = stacked["error"].astype(np.float64)  # [N, 3, L, H]
         totals = stacked["pairs"].sum(axis=2)  # [N, 4]
         kept = (totals[:, 1:] / totals[:, :1]).mean(axis=0)
-        harm = stacked["harm"].astype(np.float64).mean(axis=1)  # [R, 3, L, H]
+        harm = stacked["harm"].astype(np.float64)  # [R, N, 3, L, H]
+        total = harm.sum(axis=(2, 3, 4), keepdims=True)
+        harm = (harm / np.sqrt(np.where(total > 0, total, 1))).mean(axis=1)  # [R, 3, L, H]
         picks = [min(i * n // (len(LEVELS) - 1), n - 1) for i in range(len(LEVELS))]  # floor(level * n), exactly
 
         def quantiles(values: np.ndarray) -> np.ndarray:

@@ -45,8 +45,11 @@ class Summary:
         kept: per sparse category the mean fraction, in [0, 1], of the dense query-key pairs that one head keeps.
         pairs: per category, `DENSE` included, `[L]` float64: the mean number of query-key pairs that one head computes
             in each layer, which differ where windows do.
-        harm: per ranking that was measured and per sparse category `[L, H]` float64, at least 0: the mean over prompts
-            of an estimate of what the category does when this head alone is given it.
+        harm: per ranking that was measured and per sparse category `[L, H]` float64, at least 0: an estimate of what
+            the category does when this head alone is given it, as a mean over prompts in which each counts by the
+            square root of its sum over heads and categories, not by the sum: prompts on which the model hesitates
+            hold nearly all of it, and a plain mean over 100 prompts would hang on a handful of them. Only ratios
+            within one ranking mean something. What is measured of one prompt:
             `"gradient"`: the divergence of the next token in nats, `1/2 (sum over image rows of g . change)^2`, where
             `change = o_category - o_dense` and `g` is the gradient by `o_dense` of a random combination of the logits
             whose covariance is the Fisher information.

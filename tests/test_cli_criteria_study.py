@@ -20,6 +20,7 @@ def test_the_study(tmp_path, monkeypatch):
     """Every part runs and adds up; a second run measures nothing and ends with the same results."""
     monkeypatch.setattr(criteria, "LEFT", (0.5, 0.12))
     monkeypatch.setattr(criteria, "BOOTSTRAPS", 3)
+    monkeypatch.setattr(criteria, "FEW", (6, 12))
     monkeypatch.setattr(criteria, "KNOBS", {"gamma_dense": (0.3, 1.0)})
     monkeypatch.setattr(criteria, "SINKS", {name: criteria.SINKS[name] for name in list(criteria.SINKS)[::3]})
     sizes = ["--prompts", "18", "--held-out", "7", "--questions", "3", "--target-questions", "4", "--random", "1"]
@@ -36,6 +37,7 @@ def test_the_study(tmp_path, monkeypatch):
     (chosen,) = found["target"]
     assert sum(chosen["answers"].values()) == 4 and chosen["held_out"]["kl"] <= evaluate.BUDGET
     assert list(found["stability"]["bootstrap"].values())[-1]["least"] > 0.5
+    assert [len(draws) for draws in found["stability"]["few"].values()] == [criteria.DRAWS] * 2
     assert len({row["on"] for row in found["transfer"]}) == 5
     assert [row["knob"] for row in found["knobs"]] == ["defaults", "gamma_dense 0.3", "gamma_dense 1"]
     assert found["knobs"][1]["kept"] < found["knobs"][0].get("kept", 1)

@@ -43,11 +43,11 @@ def sealed(document: dict[str, Any]) -> str:
         ("[" * 100_000, "must be whole JSON"),
         ("1" * 5000, "must be whole JSON"),
         ("[]", "must be a JSON object. Got list"),
-        ("{}", "schema must be 'blindsight.profile/3'. Got None: not a BlindSight profile. Check the path"),
+        ("{}", "schema must be 'blindsight.profile/4'. Got None: not a BlindSight profile. Check the path"),
         ('{"schema":"duo.profile/1"}', "not a BlindSight profile"),
-        ('{"schema":"blindsight.profile/4"}', "newer format. Install a newer BlindSight"),
-        ('{"schema":"blindsight.profile/2"}', "older format. Run calibrate again"),
-        ('{"schema":"blindsight.profile/3"}', "checksum must be 'sha256:.*Got None: the file was edited or damaged"),
+        ('{"schema":"blindsight.profile/5"}', "newer format. Install a newer BlindSight"),
+        ('{"schema":"blindsight.profile/3"}', "older format. Run calibrate again"),
+        ('{"schema":"blindsight.profile/4"}', "checksum must be 'sha256:.*Got None: the file was edited or damaged"),
         ('{"schema":1,"schema":2}', r"free of repeated keys. Got \['schema'\]"),
         ('{"schema":NaN}', "a number must be finite. Got 'NaN'"),
         ('{"schema":1e999}', "a number must be finite. Got '1e999'"),
@@ -219,7 +219,7 @@ def test_every_profile_fits_the_schema(validator, profile):
     "edit",
     [
         *(edit for edit, _, seen in EDITS if seen),
-        put("schema", "blindsight.profile/4"),
+        put("schema", "blindsight.profile/3"),
         put("checksum", "md5:00"),
         drop("checksum"),
     ],
@@ -229,6 +229,11 @@ def test_the_schema_sees_damage(validator, edit):
     validator.validate(document)
     edit(document)
     assert not validator.is_valid(document)
+
+
+def test_the_schema_names_one_version():
+    assert {SCHEMA["$id"].split(":")[-1], SCHEMA["title"].split()[-1]} == {str(form.VERSION)}
+    assert SCHEMA["properties"]["schema"]["const"] == form.SCHEMA
 
 
 def test_the_worked_example_is_a_real_profile(tmp_path, validator):

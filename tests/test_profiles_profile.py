@@ -54,7 +54,7 @@ def test_the_text_is_canonical_json_with_six_digits():
     assert text == json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n"
     assert document["choice"] == {"method": "budget", "kl": 0.123457, "tries": [1, 0.1, 0.0]}
     assert "-0.0" not in text
-    assert document["schema"] == "blindsight.profile/3"
+    assert document["schema"] == "blindsight.profile/4"
     assert document["categories"][0][0] in Category.__members__
 
 

@@ -149,6 +149,19 @@ def test_harm_is_measured_for_all_prompts_or_none():
         record(harm={"luck": table})
 
 
+def test_a_prompt_counts_by_the_root_of_its_harm():
+    """A hundred times the harm is ten times the weight; a prompt without harm counts as one."""
+    rng = np.random.default_rng(4)
+    quiet, loud = rng.random((2, 3, L, H)).astype(np.float32)
+    quiet, loud = quiet / quiet.sum(), 100 * loud / loud.sum()
+    statistics = Statistics(L, H, rankings=("gradient",))
+    for name, table in (("quiet", quiet), ("loud", loud), ("none", np.zeros((3, L, H)))):
+        statistics.add(name, record(harm={"gradient": table}))
+    want = (quiet + 10 * (loud / 100)) / 3
+    got = statistics.summarize().harm_of("gradient")[..., 1:]
+    np.testing.assert_allclose(got, np.moveaxis(want, 0, -1), rtol=1e-5)
+
+
 def test_a_summary_has_the_mean_harm_and_pairs():
     rng = np.random.default_rng(3)
     tables = rng.random((2, 2, 3, L, H)).astype(np.float32)  # prompt, ranking
@@ -160,7 +173,8 @@ def test_a_summary_has_the_mean_harm_and_pairs():
     for r, ranking in enumerate(("gradient", "residual")):
         harm = summary.harm_of(ranking)
         assert harm.shape == (L, H, 4) and not harm[..., Category.DENSE].any()
-        np.testing.assert_allclose(harm[..., 1:], np.moveaxis(tables[:, r].mean(axis=0), 0, -1), rtol=1e-5)
+        weighed = [x / np.sqrt(x.sum()) for x in tables[:, r].astype(np.float64)]
+        np.testing.assert_allclose(harm[..., 1:], np.moveaxis(np.mean(weighed, axis=0), 0, -1), rtol=1e-5)
     np.testing.assert_array_equal(summary.pairs[Category.INTRA_IMAGE], [30, 18])
     np.testing.assert_allclose(summary.harm_of("error")[..., 1:], 0.01, rtol=1e-5)
     with pytest.raises(ValueError, match=r"that was measured: error\. Got 'gradient'"):

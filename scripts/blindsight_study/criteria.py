@@ -24,6 +24,7 @@ LEFT = (0.5, 0.25, 0.12, 0.06, 0.03)
 TYPICAL = 0.06
 LOOKING, COMPARING = ("color", "shape", "count"), ("which", "same color", "same shape")
 BOOTSTRAPS = 100
+FEW, DRAWS = (24, 96), 4  # calibration prompts, as many as a user may have
 KNOBS: dict[str, tuple[float, ...]] = {
     "gamma_sink": (0.5, 0.8, 0.99),
     "gamma_intra": (0.5, 0.8, 0.99),
@@ -96,7 +97,7 @@ def sinks(study: Study, six: Asked) -> list[dict[str, Any]]:
 
 
 def stability(study: Study, six: Asked) -> dict[str, Any]:
-    """How far the gradient's choice depends on which prompts were drawn, at the chosen share of pairs."""
+    """How far the gradient's choice depends on which prompts were drawn, and how many, at the chosen share of pairs."""
     ids, rng = list(study.statistics.prompt_ids), np.random.default_rng(0)
     pairs = pairs_of(study.statistics.summarize())
     share = kept_pairs(study.profile.categories, pairs)
@@ -112,9 +113,15 @@ def stability(study: Study, six: Asked) -> dict[str, Any]:
         found[str(n)] = {"heads_the_same": float(np.mean(same)), "least": float(np.min(same))}
     shuffled = rng.permutation(ids).tolist()
     halves = [choose(shuffled[: len(ids) // 2]), choose(shuffled[len(ids) // 2 :])]
+    few = {
+        str(n): [study.measure("6", six, choose(rng.choice(ids, n, replace=False).tolist())) for _ in range(DRAWS)]
+        for n in FEW
+        if n < len(ids)
+    }
     return {
         "kept": share,
         "bootstrap": found,
+        "few": few,
         "halves_the_same": float((halves[0] == halves[1]).mean()),
         "halves": [study.measure("6", six, half) for half in halves],
         "whole": study.measure("6", six, whole),

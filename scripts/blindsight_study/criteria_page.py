@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from blindsight_cli.evaluation.statistics import INTERVAL, PairedCounts
 from blindsight_study.page import points, table
 from shared_profiles._atomic import write_atomically
@@ -74,13 +76,18 @@ def _stability(study: dict[str, Any]) -> list[str]:
         for n, x in stable["bootstrap"].items()
     )
     halves = " and ".join(f"{x['kl']:.5f}" for x in stable["halves"])
+    few = "; ".join(
+        f"{n} prompts, {len(draws)} draws: {np.mean([x['kl'] for x in draws]):.5f} nats on average, "
+        f"{max(x['kl'] for x in draws):.5f} at most"
+        for n, draws in stable["few"].items()
+    )
     return [
         "",
         "## Stability",
         "",
         f"At {stable['kept']:.1%} of the pairs, heads that get the category that all prompts give them: {drawn}. Two "
         f"disjoint halves agree on {stable['halves_the_same']:.1%} of the heads; their KL is {halves} nats, that of "
-        f"all prompts {stable['whole']['kl']:.5f}.",
+        f"all prompts {stable['whole']['kl']:.5f}. From fewer: {few}.",
     ]
 
 
