@@ -173,7 +173,9 @@ def test_a_model_that_is_not_on_a_gpu_is_refused(family):
 
 def on_gpu(head_dim: int = 64, dtype=torch.bfloat16) -> tuple:
     """A stand-in for a model on a GPU, as far as choosing an implementation looks at it."""
-    attention = SimpleNamespace(q_proj=SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda"))))
+    weights = [SimpleNamespace(device=torch.device("cuda"))]
+    projection = SimpleNamespace(parameters=lambda: weights, buffers=list)
+    attention = SimpleNamespace(q_proj=projection)
     return SimpleNamespace(dtype=dtype), SimpleNamespace(attentions=(attention,), head_dim=head_dim)
 
 
