@@ -49,8 +49,14 @@ def inspect_model(model: nn.Module) -> ModelInfo:
 
     Raises:
         ValueError: not a Hugging Face model of a supported family, or wrapped or compiled.
+        NotImplementedError: a tensor-parallel model.
     """
     _refuse_wrapped(model)
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise NotImplementedError(
+            f"every process must have all heads of the model. Got one split over {model.tp_size} (tp_plan). Load it "
+            "with device_map instead, which spreads whole layers over several GPUs."
+        )
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(
