@@ -30,8 +30,9 @@ def profile_of(categories) -> Profile:
     return Profile(array, SinkTemplate(), print_, None, {"method": "manual"})
 
 
-def info_of(profile: Profile, windows=None):
-    return SimpleNamespace(head_dim=64, windows=windows or (None,) * len(profile.categories))
+def info_of(profile: Profile, windows=None, n_processes=1):
+    heads = range(profile.categories.shape[1] // n_processes)
+    return SimpleNamespace(head_dim=64, heads=heads, windows=windows or (None,) * len(profile.categories))
 
 
 SPARSE = profile_of([[3] * 8] * 4)
@@ -55,6 +56,15 @@ def test_the_rule_is_the_formula():
     blocks = -(-layout.n_tokens // 128)
     assert gains(Costs(0, ((dense - kept) * 64 - 1) / blocks, 1.0), profile, info, [layout], 0)
     assert not gains(Costs(0, ((dense - kept) * 64 + 1) / blocks, 1.0), profile, info, [layout], 0)
+
+
+def test_of_several_processes_the_one_that_gains_least_counts():
+    layout, profile = even_layout(4, 131), profile_of([[0, 3, 3, 2], [2, 2, 0, 0]])
+    dense, kept = (count_pairs(layout, c, profile.template).total for c in (Category.DENSE, Category.INTRA_IMAGE_SINK))
+    half = (dense - kept) * 64 / 2  # one head saves it, and both layers cost something
+    info = info_of(profile, n_processes=2)
+    assert gains(Costs(half - 1, 0, 1.0), profile, info, [layout], 0)
+    assert not gains(Costs(half + 1, 0, 1.0), profile, info, [layout], 0)
 
 
 def test_what_is_not_there_to_be_saved_does_not_count():

@@ -108,14 +108,6 @@ def test_compiled_and_wrapped_models(model):
         patch(model)
 
 
-def test_a_tensor_parallel_model():
-    model = make_model("qwen2_vl", n_layers=1)
-    model._tp_size = 2  # as transformers notes it in every process
-    for attempt in (lambda: patch(model), lambda: calibrate(model, [])):
-        with pytest.raises(NotImplementedError, match=r"all heads of the model. Got one split over 2 .* device_map"):
-            attempt()
-
-
 @family_names
 def test_weights_that_are_not_there(model, family):
     profile = mixed_profile(model)

@@ -6,6 +6,8 @@ one dense call, and for what is not arithmetic: launches, small calls, packing::
 
     gain = sum over layers and heads of (dense - kept / rate)
     cost = sum over layers of (per_layer + per_block * sparse categories * blocks of 128 rows)
+
+Of a tensor-parallel model the process counts, layer by layer, that gains least: the others wait for it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shared_profiles import Category, Layout, SinkTemplate
+from shared_profiles import SPARSE, Category, Layout, SinkTemplate
 from shared_profiles.plan import build_plan
 from shared_profiles.profile import Profile
 from torch_blindsight.models import ModelInfo
@@ -66,12 +68,12 @@ def gains(costs: Costs, profile: Profile, info: ModelInfo, layouts: Sequence[Lay
     }  # [4] each
     gain = 0.0
     for categories, window in zip(profile.categories, info.windows, strict=True):
-        heads = np.bincount(categories, minlength=len(Category))
-        heads[Category.DENSE] = 0
+        by_process = categories.reshape(-1, len(info.heads))
+        heads = (by_process[:, :, None] == SPARSE).sum(1)  # [n_processes, 3]
         if heads.any():
-            saved = pairs[window][Category.DENSE] - pairs[window] / costs.rate
-            gain += info.head_dim * float(heads @ saved)
-            gain -= costs.per_layer + costs.per_block * np.count_nonzero(heads) * blocks
+            dense, kept = pairs[window][Category.DENSE], pairs[window][list(SPARSE)]
+            overhead = costs.per_layer + costs.per_block * np.count_nonzero(heads, axis=1) * blocks
+            gain += float((info.head_dim * (heads @ (dense - kept / costs.rate)) - overhead).min())
     return gain > 0
 
 

@@ -96,7 +96,7 @@ def calibrate(
             calibrated on; tokens and model are on different devices; the model is patched; budget and thresholds;
             template and local_block; a state is of another model, template or rankings, or another run writes it; the
             processes of a group were given different prompts.
-        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
+        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
         OSError: the state cannot be written.
     """
     if getattr(model, HANDLE, None) is not None:
@@ -104,6 +104,7 @@ def calibrate(
     limit = budget_of(budget, thresholds)
     check_local_block(template, local_block)
     info = inspect_model(model)
+    info.require_all_heads("calibration")
     print_ = fingerprint(model, info)
     chosen = implementation(impl, model, info)
     split: Split[Mapping[str, Any]] | None = None

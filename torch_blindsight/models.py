@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shared_profiles import FAMILIES, Family, SpecialTokens, family_of
 from shared_profiles.fingerprints import make_fingerprint, sampled_rows
 from shared_profiles.profile import Fingerprint
+from torch_blindsight.tensor_parallel import local_heads
 
 PACKAGES = ("torch", "transformers")  # whose versions a profile's provenance names
 
@@ -28,6 +30,7 @@ class ModelInfo:
         attentions: the language model's attention modules, in layer order.
         windows: the sliding window of each layer, None where it has none.
         n_heads, n_kv_heads, head_dim: shape of its attention.
+        heads: the query heads that this process computes: all, but for a tensor-parallel model.
     """
 
     family: Family
@@ -37,11 +40,25 @@ class ModelInfo:
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    heads: range
 
     @property
     def n_layers(self) -> int:
         """Number of language-model layers."""
         return len(self.attentions)
+
+    def require_all_heads(self, what: str) -> None:
+        """Checks that this process computes all heads.
+
+        Raises:
+            NotImplementedError: it has some of them, and cannot do `what`.
+        """
+        if len(self.heads) < self.n_heads:
+            raise NotImplementedError(
+                f"{what} needs all heads of a layer in one process. Got a tensor-parallel model (tp_plan), of which "
+                f"this one has {len(self.heads)} of {self.n_heads}. Load it with device_map instead, which spreads "
+                "whole layers over several GPUs; patch() takes both."
+            )
 
 
 def inspect_model(model: nn.Module) -> ModelInfo:
@@ -49,14 +66,9 @@ def inspect_model(model: nn.Module) -> ModelInfo:
 
     Raises:
         ValueError: not a Hugging Face model of a supported family, or wrapped or compiled.
-        NotImplementedError: a tensor-parallel model.
+        NotImplementedError: a tensor-parallel model that is not split by heads.
     """
     _refuse_wrapped(model)
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise NotImplementedError(
-            f"every process must have all heads of the model. Got one split over {model.tp_size} (tp_plan). Load it "
-            "with device_map instead, which spreads whole layers over several GPUs."
-        )
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise ValueError(
@@ -89,6 +101,7 @@ def inspect_model(model: nn.Module) -> ModelInfo:
         text.num_attention_heads,
         text.num_key_value_heads,
         head_dim,
+        local_heads(model, attentions, text.num_attention_heads),
     )
 
 
@@ -107,7 +120,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
 def fingerprint(model: nn.Module, info: ModelInfo | None = None) -> Fingerprint:
     """Identifies a model by its attention configuration and a sample of every weight; adapters count, too.
 
-    Weights are hashed as bfloat16, so the same checkpoint loaded in float32 or bfloat16 has the same fingerprint.
+    Weights are hashed as bfloat16, so the same checkpoint loaded in float32 or bfloat16 has the same fingerprint, and a
+    model split over several processes, all of which must call this, that of the whole one.
 
     Args:
         model: a supported Hugging Face model.
@@ -132,7 +146,9 @@ def _samples(model: nn.Module) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
                 "Load the whole model onto its devices."
             )
         weight = weight.detach()
-        if type(weight) is not Tensor:  # a quantizer's own: torchao, quanto
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
+        elif type(weight) is not Tensor:  # a quantizer's own: torchao, quanto
             weight = weight.dequantize()
         weight = torch.atleast_1d(weight)
         shape = tuple(weight.shape)

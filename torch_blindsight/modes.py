@@ -51,6 +51,7 @@ class SparseMode:
         self.profile, self.implementation, self.info, self.source = profile, implementation, info, source
         self._costs = implementation.costs if break_even else None
         self._all_dense = not profile.categories.any()
+        self._categories = profile.categories[:, info.heads.start : info.heads.stop]
 
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
         """Computes this prompt sparsely, if that pays."""
@@ -72,7 +73,7 @@ class SparseMode:
         def run(layouts: list[Layout], q: Tensor, k: Tensor, v: Tensor, categories: np.ndarray) -> Tensor:
             return self._run(layouts, q, k, v, categories, scale, window, prefill.q_start)
 
-        categories, layouts = self.profile.categories[layer], prefill.layouts
+        categories, layouts = self._categories[layer], prefill.layouts
         lone = [layout.n_images < 2 for layout in layouts]
         if not any(lone):
             return run(layouts, q, k, v, categories)
@@ -86,7 +87,7 @@ class SparseMode:
         self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """Every head densely, by the same implementation."""
-        heads = np.full_like(self.profile.categories[layer], Category.DENSE)
+        heads = np.full_like(self._categories[layer], Category.DENSE)
         return self._run(prefill.layouts, q, k, v, heads, scale, window, prefill.q_start)
 
     def _run(

@@ -32,6 +32,7 @@ from torch_blindsight.models import ModelInfo, fingerprint, inspect_model
 from torch_blindsight.modes import Mode, SparseMode
 from torch_blindsight.prompts import Chunk, Dense, TokenHistory, read_layouts, worth_it
 from torch_blindsight.pruning import REFUSAL, PrunedPrefill, Pruner, Pruning
+from torch_blindsight.tensor_parallel import require_agreement
 
 logger = logging.getLogger("torch_blindsight")
 
@@ -241,7 +242,8 @@ def patch(
     frozen from them, saved in the cache folder, and prefills are sparse from there on.
 
     Args:
-        model: the multimodal model, e.g. `Qwen2_5_VLForConditionalGeneration`, not compiled and not wrapped.
+        model: the multimodal model, e.g. `Qwen2_5_VLForConditionalGeneration`, not compiled and not wrapped. If it is
+            split over several processes (`tp_plan`), all of them must patch it, with the same profile.
         profile: a profile, or the path of one.
         impl: "triton", the GPU kernel; "portable", plain torch on any device; "reference", the float64 oracle, for
             tests. Default: "triton" for a model on a CUDA device, "portable" elsewhere; `Handle.report` says which.
@@ -260,10 +262,11 @@ def patch(
 
     Raises:
         ValueError: not a supported model; the model is patched already, with other arguments; a template other than
-            the profile's; or a pruner without a profile, or of a layer that the model does not have.
+            the profile's; processes with different profiles; a pruner without a profile, or of a layer that the model
+            does not have.
         ProfileError: the profile is damaged or belongs to another model.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model: its device, dtype or
-            head dimension, or Triton itself.
+            head dimension, Triton itself, or a tensor-parallel model with a pruner or no profile.
         RuntimeError: transformers did not take the patch; the model is unchanged.
     """
     asked = (
@@ -301,6 +304,12 @@ def patch(
             f"a template is for a profile that is still to be measured. Got {template}, and a profile that has "
             f"{profile.template}. Leave the template out, or calibrate with it and pass that profile."
         )
+    if len(info.heads) < info.n_heads:
+        require_agreement(info.attentions, profile and (profile.template, profile.categories.tolist()))
+    if pruner is not None:
+        info.require_all_heads("a pruner")
+    if profile is None:
+        info.require_all_heads("measuring the first prompts, for want of a profile,")
     if profile is None and pruner is not None:
         raise ValueError(
             "a pruner needs a profile: prompts are measured whole. Got none, and none was found for this model. "

@@ -226,9 +226,10 @@ def observing[M: Mode](
 
     Raises:
         ValueError: the model is not supported, or is patched.
-        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
+        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
     """
     info = inspect_model(model)
+    info.require_all_heads("watching attention")
     chosen = implementation(impl, model, info)
     mode = make_mode(info, chosen.attend)
     handle = Handle(model, info, mode, chosen)
