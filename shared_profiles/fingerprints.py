@@ -29,6 +29,8 @@ _TEXT_KEYS = (
     "attn_logit_softcapping",
 )
 _ROWS = 8
+# bfloat16 values of less than 2^-16 count as zero: float16 has no room for all of their digits.
+_SMALL = (127 - 16) << 7
 
 
 def sampled_rows(shape: tuple[int, ...]) -> list[int] | slice:
@@ -49,11 +51,13 @@ def make_fingerprint(
         text: the language model's configuration, `config.get_text_config().to_dict()` of transformers.
         samples: of every weight but the output head's, in any order: its shape as transformers has it, `[out, in]` for
             a projection, and its `sampled_rows`, bfloat16 viewed as bytes (uint8). Tied weights count once.
+
+    The checkpoint loaded in float16 is the same, too, if it is stored in bfloat16 or float16.
     """
     settings = {key: text.get(key) for key in _TEXT_KEYS}
     digest = hashlib.sha256(json.dumps([family, settings], sort_keys=True, default=str).encode())
     # Sorted: frameworks and versions of transformers name the weights differently.
-    for weight in sorted(hashlib.sha256(f"{shape}".encode() + rows.tobytes()).digest() for shape, rows in samples):
+    for weight in sorted(hashlib.sha256(f"{shape}".encode() + _bits(rows)).digest() for shape, rows in samples):
         digest.update(weight)
     return Fingerprint(
         family=family,
@@ -63,3 +67,9 @@ def make_fingerprint(
         head_dim=text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"],
         digest="sha256:" + digest.hexdigest(),
     )
+
+
+def _bits(rows: np.ndarray) -> bytes:
+    """What is hashed of bfloat16 rows, given as bytes."""
+    values = np.ascontiguousarray(rows).view("<u2")
+    return np.where(values & 0x7FFF < _SMALL, 0, values).astype("<u2").tobytes()

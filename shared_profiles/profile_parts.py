@@ -74,7 +74,10 @@ class Fingerprint:
         if wrong_shape:
             advice += " With other numbers of layers or heads it cannot be applied, allow_mismatch or not."
         else:
-            advice += " If this model is close enough, pass allow_mismatch=True to patch or load."
+            advice += (
+                " If this model is close enough, such as the same float32 checkpoint loaded in float16, pass "
+                "allow_mismatch=True to patch or load."
+            )
         raise ProfileMismatchError("\n".join(["a profile must belong to the model. This one differs:", *lines, advice]))
 
 

@@ -135,6 +135,7 @@ def test_the_fingerprint_knows_the_model_and_not_its_precision(model, family):
     assert fingerprint(make_model(family)) == mine
     assert fingerprint(make_model(family).double()) == mine
     assert fingerprint(make_model(family).bfloat16()) == mine
+    assert fingerprint(make_model(family).bfloat16().half()) == mine, "stored in bfloat16, loaded in float16"
     other = make_model(family)
     other.config.text_config.sliding_window = np.random.default_rng(0).integers(1000, 2000).item()
     assert fingerprint(other) == replace(mine, digest=fingerprint(other).digest)
