@@ -33,7 +33,9 @@ def quantization(name):
 
         return TorchAoConfig(Int8WeightOnlyConfig())
     if name == "bitsandbytes, 4 bits":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        # CPUs with bfloat16 in AVX-512 take only sizes that are multiples of 64
+        odd = ["model.visual", "down_proj", "lm_head"]
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=odd)
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
@@ -66,7 +68,7 @@ def test_a_quantized_model_is_calibrated_and_patched(name, tmp_path):
             logits.append(model(**inputs).logits)
     torch.testing.assert_close(*logits, rtol=0, atol=1e-3)
 
-    assert fingerprint(quantized(name, tmp_path)) == profile.fingerprint
+    assert fingerprint(quantized(name, tmp_path)) == profile.fingerprint == fingerprint(model)
     with pytest.raises(ProfileMismatchError, match="digest"):
         patch(quantized(name, tmp_path, seed=1), profile)
     with pytest.raises(ProfileMismatchError, match="digest"):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from shared_profiles import Category, Layout, SinkTemplate
 from shared_profiles.fisher import fisher_vector, prompt_seed
 from torch_blindsight.attention import Prefill, announce
+from torch_blindsight.models import unpack
 from torch_blindsight.observe import ObserveMode, Observer
 from torch_blindsight.portable import portable_attention
 from torch_blindsight.residual import decoder_layers
@@ -61,7 +62,7 @@ class GradientObserver(Observer):
             gradient: `[B, T, E]`, by the last layer's output.
         """
         self.again = True
-        announce(Prefill(self.layouts, 0, self, differentiable=True))
+        announce(Prefill(self.layouts, 0, self, self.config, differentiable=True))
         try:
             for number in reversed(range(len(calls))):
                 layer, (hidden, *args), kwargs = calls.pop()
@@ -121,6 +122,7 @@ def measure_with_gradient(model: nn.Module, mode: GradientMode, prompt: Mapping[
         seed = prompt_seed(prompt["input_ids"].cpu().numpy())
         vector = torch.from_numpy(fisher_vector(logits.detach().float().cpu().numpy(), seed)).to(logits.device)
         (gradient,) = torch.autograd.grad((vector * logits.float()).sum(), last.pop())
+        unpack(model)
         mode.observer.backward(calls, gradient)
         return mode.observer
     finally:

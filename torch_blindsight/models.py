@@ -47,6 +47,11 @@ class ModelInfo:
         """Number of language-model layers."""
         return len(self.attentions)
 
+    @property
+    def config(self) -> object:
+        """The language model's configuration, which its attention modules share."""
+        return self.attentions[0].config
+
     def require_all_heads(self, what: str) -> None:
         """Checks that this process computes all heads.
 
@@ -137,6 +142,7 @@ def fingerprint(model: nn.Module, info: ModelInfo | None = None) -> Fingerprint:
 
 def _samples(model: nn.Module) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """What `make_fingerprint` wants of every weight."""
+    unpack(model)
     for name, weight in chain(model.named_parameters(), _saved_buffers(model)):
         if name == "lm_head.weight":  # a model without its head is the same model
             continue
@@ -154,6 +160,17 @@ def _samples(model: nn.Module) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
         shape = tuple(weight.shape)
         rows = weight[sampled_rows(shape)].to("cpu", torch.bfloat16)
         yield shape, rows.contiguous().view(torch.uint8).numpy()
+
+
+def unpack(model: nn.Module) -> None:
+    """Undoes how bitsandbytes packs 4-bit weights at their first use, on CPUs with bfloat16 in AVX-512.
+
+    So packed, they are other bytes and have no backward pass.
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            module.state_dict()  # they are saved unpacked, and stay so until the next use without gradients
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
