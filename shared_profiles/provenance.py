@@ -17,7 +17,7 @@ from shared_profiles.template import SinkTemplate
 
 
 def prompt_digest(inputs: Mapping[str, np.ndarray]) -> str:
-    """A hash of what a processor returned for one prompt, whatever its order and memory layout.
+    """A hash of what a processor returned for one prompt, whatever its order, memory layout and integer type.
 
     Raises:
         ValueError: an array holds Python objects, which have no bytes that are the same in another process.
@@ -30,6 +30,8 @@ def prompt_digest(inputs: Mapping[str, np.ndarray]) -> str:
                 f"a prompt must hold numbers or texts, to be known again by them. Got Python objects in {name}. Leave "
                 "it out, or make it an array of numbers."
             )
+        if array.dtype.kind in "iu":
+            array = array.astype(np.int64)
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()[:32]

@@ -34,7 +34,7 @@ def by_digest(prompts) -> dict[str, int]:
 
 def test_a_prompt_is_known_by_its_values_alone():
     prompt = {"a": np.arange(6).reshape(2, 3), "b": np.array(["x"])}
-    same = {"b": np.array(["x"]), "a": np.asfortranarray(prompt["a"])}
+    same = {"b": np.array(["x"]), "a": np.asfortranarray(prompt["a"], np.int32)}
     assert prompt_digest(prompt) == prompt_digest(same) != prompt_digest({"a": prompt["a"]})
     for value in (None, [object()], np.zeros(1, [("x", object)])):
         with pytest.raises(ValueError, match=r"must hold numbers or texts.* Got Python objects in b"):

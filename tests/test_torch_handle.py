@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from functools import partial
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shared_profiles import Category, SinkTemplate
@@ -27,7 +29,7 @@ from tiny_models import (
     mixed_profile,
     patch,
 )
-from torch_blindsight import calibrate, fingerprint
+from torch_blindsight import DivPrune, calibrate, fingerprint
 from torch_blindsight.attention import NAME, current_prefill
 from torch_blindsight.models import inspect_model
 
@@ -84,7 +86,7 @@ def test_patching_again_returns_the_same_handle(case, tmp_path):
         dict(profile=case.profile, allow_mismatch=True),
         dict(),
     ):
-        with pytest.raises(ValueError, match=r"must not be patched already with other arguments. Call unpatch\(\)"):
+        with pytest.raises(ValueError, match=r"must not be patched already .* Call unpatch\(\)"):
             patch(case.model, **other)
     assert patch(case.model, case.profile) is handle
     handle.unpatch()
@@ -276,6 +278,33 @@ def test_a_copy_of_a_patched_model_is_patched_by_itself(case):
         assert torch.equal(case.model(**case.inputs).logits, want)
 
 
+def test_a_patched_model_can_be_pickled(case):
+    pruner = DivPrune(0.5)
+    with patch(case.model, case.profile, pruner=pruner):
+        want = case.model(**case.inputs).logits
+        pickled = pickle.dumps(case.model)
+        for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):  # as in a process that never patched
+            del functions._global_mapping[NAME]
+        twin = pickle.loads(pickled)
+        assert torch.equal(twin(**case.inputs).logits, want)
+        patch(twin, case.profile, pruner=pruner).unpatch()
+    assert torch.equal(twin(**case.inputs).logits, case.dense)
+
+
+def test_patching_again_after_the_profile_or_the_weights_changed_is_refused(case, tmp_path):
+    path = tmp_path / "profile.json"
+    case.profile.save(path)
+    with patch(case.model, path) as handle:
+        assert patch(case.model, path) is handle
+        Profile.uniform(Category.SINK, fingerprint(case.model)).save(path)
+        with pytest.raises(ValueError, match="patched already with other arguments, by another profile or with other"):
+            patch(case.model, path)
+    with patch(case.model, case.profile, allow_mismatch=True):
+        case.model.get_input_embeddings().weight.mul_(2)
+        with pytest.raises(ValueError, match="by another profile or with other weights"):
+            patch(case.model, case.profile, allow_mismatch=True)
+
+
 def test_a_model_that_shares_its_configuration_with_a_patched_one_is_refused(case):
     """As a part of it does: two patches on one configuration could not be taken off one by one."""
     inner = case.model.model
@@ -312,13 +341,20 @@ def test_a_name_that_somebody_else_took_is_noticed(case):
 
 def test_what_a_patched_model_cannot_give_is_refused(case):
     with patch(case.model, case.profile) as handle:
-        with pytest.raises(ValueError, match=r"no attention weights .* Got output_attentions=True. Call handle"):
+        with pytest.raises(ValueError, match=r"no attention weights .* Got output_attentions=True, as an"):
             case.model(**case.inputs, output_attentions=True)
         with pytest.raises(ValueError, match="no attention weights to return"):
             case.model.generate(**case.inputs, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
         with pytest.raises(ValueError, match=r"batches as rows with padding. Got a packed batch \(generate_batch"):
             case.model(**case.inputs, cu_seq_lens_q=torch.tensor([0, 67]))
         assert handle.report()["forwards"] == {}
+    case.model.set_attn_implementation({"text_config": "eager"})
+    case.model.config.text_config.output_attentions = True
+    with (
+        patch(case.model, case.profile),
+        pytest.raises(ValueError, match="as an argument or in the configuration"),
+    ):
+        case.model(**case.inputs)
 
 
 @family_names

@@ -103,8 +103,37 @@ def test_a_batch_counts_each_of_its_prompts(family):
         assert handle.report()["state"] == "measuring"
         assert handle.report()["forwards"] == {"measured": 1, "dense: decode step": 2}
         model(**batch)
+        assert handle.report()["state"] == "measuring", "they are known"
+        model(**make_inputs(family, [make_ids(3), make_ids(3), make_ids(1)], seed=1))
         assert handle.report()["state"] == "sparse"
         assert handle.profile.provenance.n_prompts == 4
+
+
+@family_names
+def test_a_prompt_with_an_answer_behind_it_is_known(family, log):
+    """As `generate` passes it without a cache; and what cannot be measured is served and left out."""
+    model, prompts = make_model(family), prompts_of(family, 3)
+    with patch(model, measure_prompts=2) as handle:
+        model.generate(**prompts[0], max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
+        model(**prompts[1] | {"pixel_values": prompts[1]["pixel_values"] * torch.nan})
+        assert handle.report() | {"impl": 0} == {
+            "state": "measuring",
+            "impl": 0,
+            "profile": None,
+            "categories": None,
+            "forwards": {"measured": 5},
+        }
+        model(**prompts[2])
+        assert handle.profile.provenance.n_prompts == 2
+    assert "a prompt could not be measured, another one will be" in log()[0][1]
+
+
+def test_a_prompt_that_is_cut_within_an_image_is_not_measured():
+    model, (inputs,) = make_model("gemma3"), prompts_of("gemma3", 1)
+    with patch(model, measure_prompts=1) as handle:
+        model.generate(**inputs, max_new_tokens=1, prefill_chunk_size=30)
+        assert handle.report()["forwards"] == {"dense: only whole prompts are measured": 2}
+        assert handle.report()["state"] == "measuring"
 
 
 # Not of Gemma 3: there transformers repeats pictures one by one, so that each row gets other ones.

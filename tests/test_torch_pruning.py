@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -251,6 +252,17 @@ def test_fastv_ranks_by_what_the_last_token_looks_at(family="gemma3"):
     best = tokens[np.argsort(received)[-12:]]
     kept = FastV(0.25, 3)(seen[-1])
     assert kept.tolist() == np.union1d(np.setdiff1d(np.arange(layout.n_tokens), tokens), best).tolist()
+
+
+@family_names
+def test_a_copied_cache_and_one_from_a_tuple_go_on_at_the_same_position(family):
+    model, prompt, step = double_model(family), one_prompt(family), dict(input_ids=torch.tensor([[42]]))
+    with patch(model, mixed_profile(model), pruner=DivPrune(0.5)):
+        cache = model(**prompt).past_key_values
+        copied = copy.deepcopy(cache)
+        (in_tuple,) = [part for part in model(**prompt, return_dict=False) if isinstance(part, DynamicCache)]
+        want, *got = (model(**step, past_key_values=each).logits for each in (cache, copied, in_tuple))
+    assert all(torch.equal(logits, want) for logits in got)
 
 
 def test_the_last_token_stays_even_where_it_is_of_an_image():

@@ -6,7 +6,18 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tiny_models import double_model, in_double, make_ids, make_inputs, make_model, mixed_profile, patch
+from tiny_models import (
+    IMAGE,
+    double_model,
+    family_names,
+    in_double,
+    make_ids,
+    make_inputs,
+    make_model,
+    mixed_profile,
+    patch,
+    positions_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +71,27 @@ def test_padding_between_turns_runs_dense(family):
         got = second_turn(caches[0])
         assert handle.report()["forwards"] == {"sparse": 2, "dense: padding inside a row": 1}
     assert torch.equal(got, second_turn(caches[1]))
+
+
+@family_names
+def test_a_placeholder_in_an_answer_is_no_image(family):
+    """Sampled, or proposed by an assistant: what follows runs dense, as transformers would."""
+    model = double_model(family)
+    inputs = in_double(make_inputs(family, [make_ids(3)]))
+    n, last = inputs["input_ids"].shape[1], int(positions_of(model, inputs).max())
+
+    def pass_on(cache, ids):
+        past = cache.get_seq_length()
+        where = (past - n + last + 1 + torch.arange(len(ids))).expand(*(() if family == "gemma3" else (3,)), 1, -1)
+        mask = torch.ones(1, past + len(ids), dtype=torch.long)
+        new = dict(input_ids=torch.tensor([ids]), attention_mask=mask, position_ids=where)
+        return model(**new, past_key_values=cache).logits
+
+    with patch(model, mixed_profile(model)) as handle:
+        caches = [model(**inputs, past_key_values=DynamicCache()).past_key_values for _ in range(2)]
+        for cache in caches:
+            pass_on(cache, [IMAGE])
+        got = pass_on(caches[0], [20, 21, 22])
+        reason = "dense: placeholders behind the first prompt that mark no image"
+        assert handle.report()["forwards"] == {"sparse": 2, "dense: decode step": 2, reason: 1}
+    assert torch.equal(got, pass_on(caches[1], [20, 21, 22]))

@@ -1,8 +1,8 @@
 """The attention function and mask function that transformers calls, and what one forward tells them.
 
 Both are registered once under one name. What a forward needs travels in a context variable that the patch's hooks
-set and clear: no state lives in the functions, and two threads may serve two models. With no prefill announced, or
-one that runs dense, both do exactly what transformers' own SDPA does.
+set and clear: no state lives in the functions, and two threads may serve two models. With no prefill announced for the
+model that calls, or one that runs dense, both do exactly what transformers' own SDPA does.
 
 Under `torch.compile` a prefill is one opaque operator, `blindsight::prefill`, that looks for the prompt when it runs:
 the compiled graph knows nothing of layouts or profiles, and one graph serves every prompt.
@@ -40,6 +40,7 @@ class Prefill:
         layouts: one per batch row, of `q_start + T` tokens.
         q_start: position of the first query; more than 0 on a filled cache.
         attend: computes one layer.
+        config: the language model's configuration, which tells its layers from another model's.
         differentiable: whether torch can differentiate what `attend` does.
         layers: the layers that came by; the patch checks afterwards that all did.
     """
@@ -47,6 +48,7 @@ class Prefill:
     layouts: list[Layout]
     q_start: int
     attend: AttendLayer
+    config: object
     differentiable: bool = False
     layers: list[int] = field(default_factory=list)
 
@@ -74,11 +76,12 @@ def announce(prefill: Prefill | None) -> None:
     _announced.sparse = prefill is not None
 
 
-def _runs_dense() -> bool:
-    """Whether the forward in progress is none that BlindSight computes."""
+def _runs_dense(config: object) -> bool:
+    """Whether the forward in progress is none that BlindSight computes, or of another model than the caller."""
     if torch.compiler.is_compiling():
         return not _announced.sparse
-    return current_prefill.get() is None
+    prefill = current_prefill.get()
+    return prefill is None or prefill.config is not config
 
 
 def blindsight_attention(
@@ -105,7 +108,7 @@ def blindsight_attention(
     Returns:
         `[B, T, H, D]` contiguous, and None for the weights.
     """
-    if _runs_dense():
+    if _runs_dense(module.config):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
@@ -159,8 +162,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int | N
 
 def _no_gradient(ctx: Any, grad: Tensor) -> None:
     raise NotImplementedError(
-        "this prefill cannot be differentiated: it is compiled, or computed by an implementation without gradients. "
-        "Run it under torch.no_grad(); or for gradients, patch with impl='portable' and do not compile."
+        "this prefill cannot be differentiated: it is measured, compiled, or computed by an implementation without "
+        "gradients. Run it under torch.no_grad(); or for gradients, patch with a profile and impl='portable', and do "
+        "not compile."
     )
 
 
@@ -169,7 +173,13 @@ prefill_op.register_autograd(_no_gradient)
 
 def blindsight_mask(*args, **kwargs) -> Tensor | None:
     """No mask for a prefill that BlindSight computes, transformers' SDPA mask for any other forward."""
-    return sdpa_mask(*args, **kwargs) if _runs_dense() else None
+    if _runs_dense(kwargs.get("config")):
+        return sdpa_mask(*args, **kwargs)
+    if not torch.compiler.is_compiling() and current_prefill.get().layers:  # type: ignore[union-attr]
+        # Masks come before layers: that forward was interrupted, and this one did not come through the patched model.
+        announce(None)
+        return sdpa_mask(*args, **kwargs)
+    return None
 
 
 def register() -> None:

@@ -203,6 +203,8 @@ def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
             f"a prompt must be what the processor returns for one prompt, input_ids [1, N]. Got "
             f"{None if ids is None else tuple(ids.shape)}."
         )
+    if "labels" in prompt:
+        raise ValueError("a prompt must be what the processor returns, without labels: nothing is trained. Got labels.")
     device = next(model.parameters()).device
     wrong = [name for name, value in prompt.items() if isinstance(value, torch.Tensor) and value.device != device]
     if wrong:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from shared_profiles import SinkTemplate, SpecialTokens
+from shared_profiles import Layout, SinkTemplate, SpecialTokens
 from shared_profiles.classifier import Thresholds
 from shared_profiles.lookup import cache_path
 from shared_profiles.profile import Fingerprint, Profile
@@ -54,16 +56,20 @@ class Freezer(ObserveMode):
         self.fingerprint, self.n_prompts = fingerprint, n_prompts
         self._implementation, self._break_even = implementation, break_even
         self.statistics = Statistics(info.n_layers, info.n_heads, origin=fingerprint.digest)
+        self._seen: list[_Prompt] = []
 
     def after(self, prefill: Prefill, arguments: dict[str, Any]) -> Mode:
         """Takes the records of the prefill that just ended; sparse once there are enough."""
         assert isinstance(prefill.attend, Observer)  # not `self.observer`: another thread may have begun since
-        repeats = _repeats(arguments, self.info.special)
-        for row, record, again in zip(arguments["input_ids"], prefill.attend.records(), repeats, strict=True):
-            if record is not None and not again:
-                # Only the ids are hashed, and equal ids may be different prompts.
-                digest = prompt_digest({"input_ids": row.cpu().numpy()})
-                self.statistics.add(f"{digest}-{len(self.statistics)}", record)
+        prompts = _prompts(prefill.layouts, arguments, self.info.special)
+        for prompt, record in zip(prompts, prefill.attend.records(), strict=True):
+            if record is None or any(prompt.repeats(known) for known in self._seen):
+                continue
+            self._seen.append(prompt)
+            try:
+                self.statistics.add(prompt_digest({"ids": prompt.ids, "pictures": prompt.pictures}), record)
+            except ValueError as error:  # it is served all the same
+                logger.warning("a prompt could not be measured, another one will be: %s", error)
         if len(self.statistics) < self.n_prompts:
             return self
         profile = make_profile(
@@ -90,20 +96,39 @@ class Freezer(ObserveMode):
         return str(path)
 
 
-def _repeats(arguments: Mapping[str, Any], special: SpecialTokens) -> list[bool]:
-    """For each row of a forward, whether an earlier row is the same prompt: `generate` repeats rows for beams."""
-    ids = arguments["input_ids"]
-    pictures = []
+@dataclass(frozen=True)
+class _Prompt:
+    """What tells a prompt from others.
+
+    Attributes:
+        ids: `[N]`, without padding.
+        pictures: SHA-256 of its pixels, an array of bytes.
+    """
+
+    ids: np.ndarray
+    pictures: np.ndarray
+
+    def repeats(self, other: _Prompt) -> bool:
+        """Whether they are one prompt, or one the other with an answer behind it.
+
+        `generate` repeats rows for beams, and the whole prompt for every token where it keeps no cache.
+        """
+        n = min(len(self.ids), len(other.ids))
+        return np.array_equal(self.pictures, other.pictures) and np.array_equal(self.ids[:n], other.ids[:n])
+
+
+def _prompts(layouts: list[Layout], arguments: Mapping[str, Any], special: SpecialTokens) -> list[_Prompt]:
+    """The rows of a forward."""
+    ids = arguments["input_ids"].cpu().numpy()
+    pictures = [hashlib.sha256() for _ in ids]
     for name, token in (("pixel_values", special.image), ("pixel_values_videos", special.video)):
         pixels = arguments.get(name)
         if pixels is not None:
             # An image of as many tokens has as many rows of pixels.
-            share = (ids == token).sum(1).cpu()
-            sizes = share * len(pixels) // share.sum()
-            pictures.append(torch.split(pixels, sizes.tolist()))
-    rows = list(zip(ids, *pictures, strict=True))
-
-    def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
-        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-    return [any(same(row, earlier) for earlier in rows[:i]) for i, row in enumerate(rows)]
+            share = (ids == token).sum(1)
+            for digest, part in zip(pictures, pixels.split((share * len(pixels) // share.sum()).tolist()), strict=True):
+                digest.update(part.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return [
+        _Prompt(row[layout.start : layout.stop], np.frombuffer(digest.digest(), np.uint8))
+        for row, layout, digest in zip(ids, layouts, pictures, strict=True)
+    ]

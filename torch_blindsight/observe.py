@@ -52,7 +52,7 @@ class ObserveMode:
 
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
         """Measures this prompt."""
-        if q_start:
+        if q_start or any(layout.unfinished for layout in layouts):
             raise Dense("only whole prompts are measured")
         self.observer = self._observer(layouts)
         return "measured", self.observer
@@ -85,6 +85,7 @@ class Observer:
         stream: ResidualStream | None = None,
     ) -> None:
         self.layouts, self.template, self._attend, self._stream = layouts, template, attend, stream
+        self.config = info.config
         self.mass = np.zeros((len(layouts), len(SPARSE), info.n_layers, info.n_heads), dtype=np.float32)
         self.error = np.zeros_like(self.mass)
         self.harm: dict[str, np.ndarray] = {}

@@ -15,17 +15,19 @@ import inspect
 import logging
 from collections import Counter
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import Cache
 
 from shared_profiles import Category, SinkTemplate
 from shared_profiles.lookup import find_profile
 from shared_profiles.profile import Profile
-from torch_blindsight.attention import NAME, Prefill, announce, current_prefill, register, registered
+from torch_blindsight.attention import NAME, Prefill, announce, register, registered
 from torch_blindsight.freeze import Freezer
 from torch_blindsight.implementations import Implementation, Name, implementation
 from torch_blindsight.models import ModelInfo, fingerprint, inspect_model
@@ -38,8 +40,26 @@ logger = logging.getLogger("torch_blindsight")
 
 HANDLE = "_blindsight_handle"  # the attribute of a patched model that holds its handle
 
-# The arguments of the forward in progress and the length of its cache, per thread; None where there are no ids.
-_pending: ContextVar[tuple[int, dict[str, Any]] | None] = ContextVar("blindsight_pending", default=None)
+
+@dataclass(frozen=True)
+class _Forward:
+    """A forward of a patched model in progress.
+
+    Attributes:
+        handle: of the model.
+        past: length of its cache.
+        arguments: by name.
+        prefill: how it is computed; None where dense.
+    """
+
+    handle: Handle
+    past: int
+    arguments: dict[str, Any]
+    prefill: Prefill | None
+
+
+# Those of this thread, the innermost last: a hook in one model may call another.
+_running: ContextVar[tuple[_Forward, ...]] = ContextVar("blindsight_running", default=())
 
 
 class Handle:
@@ -115,11 +135,14 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        # An interrupted forward (Ctrl-C) never comes to its hook.
-        announce(None)
-        _pending.set(None)
+        self._leave()
         self.model.set_attn_implementation({"text_config": self._previous})
         delattr(self.model, HANDLE)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a patched model that was pickled, perhaps in another process."""
+        self.__dict__.update(state)
+        register()
 
     def __enter__(self) -> Handle:
         return self
@@ -154,9 +177,8 @@ class Handle:
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {}) | arguments.pop("lm_kwargs", {})
         self._refuse(arguments)
-        ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
+        cache = arguments.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        _pending.set(None if ids is None else (past, arguments))
         self._history.check(cache)
         must_prune = self._pruning is not None and self._pruning.must_prune(arguments, module.training)
         prefill = None
@@ -167,6 +189,8 @@ class Handle:
                 raise ValueError(REFUSAL.format(reason)) from None
             how = f"dense: {reason}"
         self._counts[how] += 1
+        self._leave()
+        _running.set((*_running.get(), _Forward(self, past, arguments, prefill)))
         announce(prefill)
         position = None if self._pruning is None else self._pruning.next_position(cache)
         if position is not None and arguments.get("position_ids") is None:
@@ -175,23 +199,39 @@ class Handle:
 
     def _prefill(self, arguments: dict[str, Any], training: bool) -> tuple[str, Prefill]:
         """What to count a forward as, and how it is computed; raises `Dense` where by transformers' own SDPA."""
-        if training:
+        if training or any(attention.training for attention in self.info.attentions):
             raise Dense("training mode")
         layouts, q_start = read_layouts(arguments, self.info.family, self.info.special, self._history)
         if self._pruning is not None and isinstance(self.mode, SparseMode) and layouts[0].n_images:
             return self._pruning.prefill(layouts[0], self.mode, arguments)
         worth_it(layouts, q_start)
         how, attend = self.mode.prefill(layouts, q_start, arguments)
-        return how, Prefill(layouts, q_start, attend, how == "sparse" and self.implementation.differentiable)
+        differentiable = how == "sparse" and self.implementation.differentiable
+        return how, Prefill(layouts, q_start, attend, self.info.config, differentiable)
+
+    def _leave(self) -> _Forward | None:
+        """This model's forward in progress, which ends, and with it whatever it called; None if there is none.
+
+        An interrupted one (Ctrl-C) never comes to its hook, and is found here at the next.
+        """
+        running = _running.get()
+        mine = next((i for i, forward in enumerate(running) if forward.handle is self), len(running))
+        around = running[:mine]
+        _running.set(around)
+        announce(around[-1].prefill if around else None)
+        return running[mine] if mine < len(running) else None
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        prefill = current_prefill.get()
-        announce(None)
-        pending = _pending.get()
-        _pending.set(None)
+        forward = self._leave()
         if output is None:  # the forward raised
             return
+        if forward is None:
+            raise RuntimeError(
+                "a patched model must end one forward before it begins the next in the same thread. "
+                "Got one that was called within another. Call a copy of the model, patched by itself."
+            )
+        prefill, arguments = forward.prefill, forward.arguments
         if prefill is not None:
             if prefill.layers != list(range(self.info.n_layers)):
                 raise RuntimeError(
@@ -199,21 +239,21 @@ class Handle:
                     f"Called: {prefill.layers}. "
                     "Something replaced the model's attention after patch(); unpatch and patch again."
                 )
-            assert pending is not None, "a prefill has ids"
-            self.mode = self.mode.after(prefill, pending[1])
-        cache = getattr(output, "past_key_values", None)
+            self.mode = self.mode.after(prefill, arguments)
+        cache = _cache_of(output)
         if self._pruning is not None and isinstance(prefill, PrunedPrefill):
             self._pruning.after(prefill, cache)
             self.kept = prefill.kept
-        elif pending is not None and cache is not None:
-            self._history.record(cache, pending[0], Chunk.of(pending[1]))
+        elif cache is not None and arguments.get("input_ids") is not None:
+            self._history.record(cache, forward.past, Chunk.of(arguments))
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
         """Refuses what would be silently wrong under a patch."""
-        if arguments.get("output_attentions"):
+        wanted = arguments.get("output_attentions")
+        if wanted or (wanted is None and self.model.config.get_text_config().output_attentions):
             raise ValueError(
                 "a patched model has no attention weights to return: no S x S matrix exists. "
-                "Got output_attentions=True. "
+                "Got output_attentions=True, as an argument or in the configuration. "
                 "Call handle.unpatch() first."
             )
         if any(arguments.get(name) is not None for name in ("cu_seq_lens_q", "cache")):
@@ -222,6 +262,13 @@ class Handle:
                 "Got a packed batch (generate_batch, cu_seq_lens_q). "
                 "Call handle.unpatch() first, or use generate."
             )
+
+
+def _cache_of(output: Any) -> Any:
+    """The cache that a forward returns, also in a tuple (`return_dict=False`); None where it returns none."""
+    if isinstance(output, tuple):
+        return next((part for part in output if isinstance(part, Cache)), None)
+    return getattr(output, "past_key_values", None)
 
 
 def patch(
@@ -258,47 +305,39 @@ def patch(
             sparsity pays is judged by the whole prompt; one that does not run sparse is pruned all the same.
 
     Returns:
-        The handle of the patch. Patching again with the same arguments returns the same handle.
+        The handle of the patch. Patching again with the same arguments, profile and weights returns the same handle.
+        Weights that change under a patch, as when an adapter is loaded, are noticed only then.
 
     Raises:
-        ValueError: not a supported model; the model is patched already, with other arguments; a template other than
-            the profile's; processes with different profiles; a pruner without a profile, or of a layer that the model
+        ValueError: not a supported model; the model is patched already, and not like this; a template other than the
+            profile's; processes with different profiles; a pruner without a profile, or of a layer that the model
             does not have.
         ProfileError: the profile is damaged or belongs to another model.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model: its device, dtype or
             head dimension, Triton itself, or a tensor-parallel model with a pruner or no profile.
         RuntimeError: transformers did not take the patch; the model is unchanged.
     """
-    asked = (
-        profile if isinstance(profile, Profile | None) else str(profile),
-        impl,
-        allow_mismatch,
-        template,
-        measure_prompts,
-        break_even,
-        pruner,
-    )
-    current = getattr(model, HANDLE, None)
-    if current is not None:
-        if current.asked == asked:
-            return current
-        raise ValueError(
-            "the model must not be patched already with other arguments. "
-            "Call unpatch() on the handle that patch() returned."
-        )
-    info = inspect_model(model)
+    current: Handle | None = getattr(model, HANDLE, None)
+    info = inspect_model(model) if current is None else current.info
     print_ = fingerprint(model, info)
-    chosen = implementation(impl, model, info)
-    source = "in memory"
+    given, source = profile is not None, "in memory"
     if profile is None:
         found = find_profile(print_, getattr(model.config, "_name_or_path", None))
         if found is not None:
             profile, source = found[0], str(found[1])
-            logger.info("using the profile %s", source)
     else:
         if not isinstance(profile, Profile):
             profile, source = Profile.load(profile), str(profile)
         profile.require(print_, allow_mismatch=allow_mismatch)
+    asked = (given, print_, impl, allow_mismatch, template, measure_prompts, break_even, pruner)
+    if current is not None:
+        if current.asked == asked and profile in (None, current.profile):
+            return current
+        raise ValueError(
+            "the model must not be patched already with other arguments, by another profile or with other weights. "
+            "Call unpatch() on the handle that patch() returned."
+        )
+    chosen = implementation(impl, model, info)
     if profile is not None and template not in (None, profile.template):
         raise ValueError(
             f"a template is for a profile that is still to be measured. Got {template}, and a profile that has "
@@ -319,6 +358,8 @@ def patch(
         mode: Mode = Freezer(info, print_, template or SinkTemplate(), measure_prompts, chosen, break_even)
     else:
         mode = SparseMode(profile, chosen, info, break_even, source)
+        if not given:
+            logger.info("using the profile %s", source)
     handle = Handle(model, info, mode, chosen, pruner)
     handle.asked = asked
     handle.install()

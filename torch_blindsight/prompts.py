@@ -68,6 +68,10 @@ class TokenHistory:
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[TokenHistory], tuple[()]]:
+        """A copy, in a pickle too, knows no cache."""
+        return TokenHistory, ()
+
     def check(self, cache: Any) -> None:
         """Forgets a cache whose rows somebody reordered, repeated or selected since; cropping changes no storage."""
         known = self._known.get(cache) if cache is not None else None
@@ -141,26 +145,31 @@ def read_layouts(
         if not before or len(before[0].ids) != len(ids):
             raise Dense("tokens in the cache are unknown")
         chunks = [*before, *chunks]
-    valid = None if mask is None else mask.cpu().numpy()
-    if valid is not None and (np.diff(valid != 0, axis=1, prepend=False, append=False).sum(axis=1) > 2).any():
+    valid = None if mask is None else (mask != 0).cpu().numpy()
+    if valid is not None and (np.diff(valid, axis=1, prepend=False, append=False).sum(axis=1) > 2).any():
         raise Dense("padding inside a row")
     rows = torch.cat([chunk.ids.to(ids.device) for chunk in chunks], dim=1).cpu().numpy()
-    frames = _frames(rows, valid, special, chunks)
     # Gemma 3 looks both ways where token_type_ids say so; generate leaves them out of a chunked prefill.
     types = arguments.get("token_type_ids") if family.bidirectional else None
     if types is not None and not np.array_equal(types.cpu().numpy() == 1, rows == special.image):
         raise Dense("token_type_ids are not those of all tokens")
-    layouts = [
-        Layout.from_ids(
-            row,
-            special,
-            valid=None if valid is None else valid[b],
-            frames=frames[b],
-            bidirectional=types is not None,
-            unfinished=True,
-        )
-        for b, row in enumerate(rows)
-    ]
+    try:
+        frames = _frames(rows, valid, special, chunks)
+        layouts = [
+            Layout.from_ids(
+                row,
+                special,
+                valid=None if valid is None else valid[b],
+                frames=frames[b],
+                bidirectional=types is not None,
+                unfinished=True,
+            )
+            for b, row in enumerate(rows)
+        ]
+    except ValueError:
+        if past:  # an answer may hold any token
+            raise Dense("placeholders behind the first prompt that mark no image") from None
+        raise
     return layouts, past
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -110,9 +110,12 @@ class PrunedPrefill(Prefill):
     next_position: Tensor | None = None
 
 
+_FILLED = "_blindsight_pruned"  # the attribute of a cache that holds its `_Filled`; copies of the cache have it, too
+
+
 @dataclass(frozen=True)
 class _Filled:
-    """A cache that a pruned prompt has filled: the length it reports, and the next token's position id."""
+    """How a pruned prompt has left a cache: the length it reports, and the next token's position id."""
 
     length: int
     next_position: Tensor
@@ -136,15 +139,13 @@ class Pruning:
         self.pruner, self._info = pruner, info
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]  # of every transformers model
         self._layers = [next(m for m in model.modules() if getattr(m, "self_attn", 0) is a) for a in info.attentions]
-        self._caches: WeakKeyDictionary[Any, _Filled] = WeakKeyDictionary()
 
     def hooks(self) -> list[Any]:
         """Hangs the hooks; removing them undoes it."""
-
-        def before_layer(layer: int) -> Any:
-            return lambda module, args, kwargs: self._before_layer(layer, args, kwargs)
-
-        hooks = [m.register_forward_pre_hook(before_layer(i), with_kwargs=True) for i, m in enumerate(self._layers)]
+        hooks = [
+            layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
+            for i, layer in enumerate(self._layers)
+        ]
         return [*hooks, self._decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)]
 
     def must_prune(self, arguments: Mapping[str, Any], training: bool) -> bool:
@@ -159,8 +160,9 @@ class Pruning:
         """
         ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if cache in self._caches:
-            self._check_step(arguments, past - self._caches[cache].length)
+        filled: _Filled | None = getattr(cache, _FILLED, None)
+        if filled is not None:
+            self._check_step(arguments, past - filled.length)
             return False
         if ids is not None:
             special = (self._info.special.image, self._info.special.video)
@@ -212,12 +214,13 @@ class Pruning:
             how, attend = mode.prefill([layout], 0, arguments)
         except Dense as reason:
             how, attend = f"dense: {reason}", mode.attend_dense
-        prefill = PrunedPrefill([layout], 0, self._noting(attend), mode.implementation.differentiable)
+        differentiable = mode.implementation.differentiable
+        prefill = PrunedPrefill([layout], 0, self._noting(attend), self._info.config, differentiable)
         return f"{how}, pruned", prefill
 
     def next_position(self, cache: Any) -> Tensor | None:
         """The position id of the token that a decode step adds; None for a cache of no pruned prompt."""
-        filled = self._caches.get(cache) if cache is not None else None
+        filled: _Filled | None = getattr(cache, _FILLED, None)
         return None if filled is None else filled.next_position + (int(cache.get_seq_length()) - filled.length)
 
     def after(self, prefill: PrunedPrefill, cache: Any) -> None:
@@ -229,7 +232,7 @@ class Pruning:
         if prefill.kept is None or prefill.next_position is None:
             raise RuntimeError("the decoder layers must be called with their hooks. Got a prefill that was not pruned.")
         if cache is not None:
-            self._caches[cache] = _Filled(int(cache.get_seq_length()), prefill.next_position)
+            setattr(cache, _FILLED, _Filled(int(cache.get_seq_length()), prefill.next_position))
 
     def _noting(self, attend: AttendLayer) -> AttendLayer:
         """`attend`, keeping what the pruner wants to see of the layer before its own."""
@@ -252,12 +255,15 @@ class Pruning:
                 positions = torch.full((1, 1), prefill.layouts[0].n_tokens - 1, device=device)
             prefill.next_position = positions[..., -1:] + 1
 
-    def _before_layer(self, layer: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _before_layer(
+        self, layer: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         """Drops the tokens at the pruner's layer; from there on, cuts what the model passes besides."""
         prefill = current_prefill.get()
         if not isinstance(prefill, PrunedPrefill):
             # One mask for all layers does not fit caches of several lengths, and one new token sees all of each.
-            return (args, kwargs | {"attention_mask": None}) if kwargs.get("past_key_values") in self._caches else None
+            is_step = hasattr(kwargs.get("past_key_values"), _FILLED)
+            return (args, kwargs | {"attention_mask": None}) if is_step else None
         if layer < self.pruner.layer:
             return None
         hidden = args[0]

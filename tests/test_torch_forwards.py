@@ -1,0 +1,83 @@
+"""Which forward is which: one within another, one that was interrupted, one past the patch's hooks, one that trains."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tiny_models import FAMILIES, make_ids, make_inputs, make_model, mixed_profile, patch
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=FAMILIES)
+def case(request):
+    """A model, what it is asked, and the layer whose hooks call."""
+    model = make_model(request.param)
+    return SimpleNamespace(
+        family=request.param,
+        model=model,
+        layer=model.get_submodule("model.language_model.layers.2"),
+        profile=mixed_profile(model),
+        inputs=make_inputs(request.param, [make_ids(3)]),
+    )
+
+
+def test_a_forward_within_that_of_another_model_changes_nothing(case):
+    """Also one past the other model's own hooks, which runs dense."""
+    other, inputs = make_model(case.family, seed=1), make_inputs(case.family, [make_ids(2, seed=1)])
+    with patch(case.model, case.profile), patch(other, mixed_profile(other, seed=1)):
+        want, alone = case.model(**case.inputs).logits, [other(**inputs).logits, other.model(**inputs)[0]]
+        within = []
+        hook = case.layer.register_forward_pre_hook(
+            lambda *_: within.extend([other(**inputs).logits, other.model(**inputs)[0]])
+        )
+        assert torch.equal(case.model(**case.inputs).logits, want)
+        assert len(within) == 2 and all(map(torch.equal, within, alone))
+        hook.remove()
+
+
+def test_a_model_called_within_itself_is_refused(case):
+    with patch(case.model, case.profile):
+        want = case.model(**case.inputs).logits
+
+        def call(*_):
+            hook.remove()
+            case.model(**case.inputs)
+
+        hook = case.layer.register_forward_pre_hook(call)
+        with pytest.raises(RuntimeError, match="must end one forward before it begins the next in the same thread"):
+            case.model(**case.inputs)
+        assert torch.equal(case.model(**case.inputs).logits, want)
+
+
+def test_an_interrupted_forward_leaves_nothing_behind(case):
+    """Ctrl-C goes past the hook that ends a forward."""
+    inner = case.model.model(**case.inputs)[0]
+    with patch(case.model, case.profile):
+        want = case.model(**case.inputs).logits
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        hook = case.layer.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            case.model(**case.inputs)
+        hook.remove()
+        assert torch.equal(case.model.model(**case.inputs)[0], inner), "dense, as it did not pass the patch"
+        assert torch.equal(case.model(**case.inputs).logits, want)
+
+
+def test_a_language_model_in_training_mode_runs_dense(case):
+    """Its layers may be computed again in the backward pass, when nobody knows the prompt."""
+    dense = case.model(**case.inputs).logits
+    with patch(case.model, case.profile) as handle:
+        case.model.model.language_model.train()
+        assert torch.equal(case.model(**case.inputs).logits, dense)
+        assert handle.report()["forwards"] == {"dense: training mode": 1}
