@@ -14,6 +14,7 @@ from shared_profiles import Category, SpecialTokens, family_of
 from shared_profiles.profile import Profile, ProfileError, ProfileMismatchError
 from tiny_models import END, IMAGE, START, VIDEO, family_names, make_ids, make_inputs, make_model, mixed_profile, patch
 from torch_blindsight import calibrate, fingerprint
+from torch_blindsight.attention import check_masked
 
 
 @pytest.fixture
@@ -106,6 +107,15 @@ def test_compiled_and_wrapped_models(model):
     model.compile()
     with pytest.raises(ValueError, match=r"must not be compiled. Got a compiled Qwen2_5_VLForConditionalGeneration"):
         patch(model)
+
+
+def test_dense_attention_that_torch_masks_wrongly():
+    """With more than 2^32 query-key pairs, on CUDA."""
+    cuda = torch.device("cuda")
+    check_masked(1 << 32, cuda)
+    check_masked(1 << 40, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match=r"at most 4294967296 .* Got 4295098369. Prefill in pieces"):
+        check_masked(65537**2, cuda)
 
 
 @family_names

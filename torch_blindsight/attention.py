@@ -28,6 +28,10 @@ from shared_profiles import Layout
 # Must not contain "flash", "sdpa", "flex_attention", "/" or "paged|": transformers gives those names a meaning.
 NAME = "blindsight"
 
+# With a mask, torch's fused attention on CUDA multiplies row by row length in 32 bits: with more query-key pairs than
+# this, later rows are masked by wrong parts of it, and nothing says so (pytorch issue 187227).
+MOST_MASKED_PAIRS = 1 << 32
+
 # Attends for one layer: (layer, q [B,H,T,D], k [B,K,S,D], v, scale, window) -> [B,T,H,D] contiguous.
 AttendLayer = Callable[["Prefill", int, Tensor, Tensor, Tensor, float, int | None], Tensor]
 
@@ -107,8 +111,13 @@ def blindsight_attention(
 
     Returns:
         `[B, T, H, D]` contiguous, and None for the weights.
+
+    Raises:
+        NotImplementedError: a dense forward that torch would compute wrongly, see `MOST_MASKED_PAIRS`.
     """
     if _runs_dense(module.config):
+        if attention_mask is not None:
+            check_masked(query.shape[2] * key.shape[2], query.device)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
@@ -119,6 +128,20 @@ def blindsight_attention(
     if not torch.compiler.is_compiling() and current_prefill.get().differentiable:  # type: ignore[union-attr]
         return _prefill(query, key, value, layer, scale, sliding_window), None
     return prefill_op(query, key, value, layer, scale, sliding_window), None
+
+
+def check_masked(n_pairs: int, device: torch.device) -> None:
+    """Refuses dense attention with a mask of so many query-key pairs that torch would compute it wrongly.
+
+    Raises:
+        NotImplementedError: it would.
+    """
+    if device.type == "cuda" and n_pairs > MOST_MASKED_PAIRS:
+        raise NotImplementedError(
+            f"dense attention with a mask must have at most {MOST_MASKED_PAIRS} query-key pairs on CUDA: with more, "
+            f"torch uses wrong parts of the mask (pytorch issue 187227). Got {n_pairs}. Prefill in pieces, for example "
+            "prefill_chunk_size of generate; sparse prefills need no mask."
+        )
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int | None) -> Tensor:

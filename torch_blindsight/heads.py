@@ -1,4 +1,4 @@
-"""Picking some heads of a tensor, and writing them back: without a copy where the heads are neighbours."""
+"""Picking some heads or rows of a tensor, and writing them back: without a copy where they are neighbours."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def pick(x: Tensor, heads: np.ndarray) -> Tensor:
     return x[:, as_index(heads, x.device)]
 
 
-def as_index(heads: np.ndarray, device: torch.device) -> slice | Tensor:
-    """What indexes these heads: a slice where they are neighbours."""
-    if (np.diff(heads) == 1).all():
-        return slice(int(heads[0]), int(heads[-1]) + 1)
-    return torch.from_numpy(heads).to(device)
+def as_index(numbers: np.ndarray, device: torch.device) -> slice | Tensor:
+    """What indexes these heads or rows: a slice where they are neighbours."""
+    if (np.diff(numbers) == 1).all():
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return torch.from_numpy(numbers).to(device)
 
 
 def put(target: Tensor, rows: slice | Tensor, heads: slice | Tensor, value: Tensor) -> None:

@@ -12,6 +12,7 @@ from shared_profiles import Category, Layout
 from shared_profiles.profile import Profile
 from torch_blindsight.attention import AttendLayer, Prefill
 from torch_blindsight.break_even import gains
+from torch_blindsight.heads import as_index
 from torch_blindsight.implementations import Implementation
 from torch_blindsight.models import ModelInfo
 from torch_blindsight.prompts import Dense
@@ -74,13 +75,14 @@ class SparseMode:
             return self._run(layouts, q, k, v, categories, scale, window, prefill.q_start)
 
         categories, layouts = self._categories[layer], prefill.layouts
-        lone = [layout.n_images < 2 for layout in layouts]
-        if not any(lone):
+        lone = np.array([layout.n_images < 2 for layout in layouts])
+        if not lone.any():
             return run(layouts, q, k, v, categories)
         out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
-        for kind, heads in ((False, categories), (True, np.full_like(categories, Category.DENSE))):
-            rows = [b for b, is_lone in enumerate(lone) if is_lone is kind]
-            out[rows] = run([layouts[b] for b in rows], q[rows], k[rows], v[rows], heads)
+        for mine, heads in ((~lone, categories), (lone, np.full_like(categories, Category.DENSE))):
+            numbers = np.flatnonzero(mine)
+            rows = as_index(numbers, q.device)
+            out[rows] = run([layouts[b] for b in numbers], q[rows], k[rows], v[rows], heads)
         return out
 
     def attend_dense(

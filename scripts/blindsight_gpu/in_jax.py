@@ -13,7 +13,7 @@ from torch import Tensor
 
 from blindsight_gpu.measure import Place
 
-_BURST, _MOST, _REPEATS = 0.05, 10, 5  # seconds and launches of a burst, and bursts
+_BURST, _MOST, _REPEATS = 0.05, 100, 5  # seconds and launches of a burst, and bursts
 
 
 def shared(x: Tensor) -> jax.Array:

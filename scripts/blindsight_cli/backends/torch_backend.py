@@ -22,6 +22,7 @@ from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Profile
 from shared_profiles.split import HELD_OUT
 from torch_blindsight import Handle, calibrate, fingerprint, patch
+from torch_blindsight.attention import check_masked
 from torch_blindsight.implementations import implementation
 from torch_blindsight.models import inspect_model
 
@@ -70,6 +71,7 @@ class TorchBackend:
     def answer(self, prompt: Prompt, profile: Profile | None, max_new_tokens: int) -> Answer:
         """See `Backend`."""
         if profile is None:
+            self._check_dense(prompt)
             return self._generate(prompt, max_new_tokens, None)
         with self._patched(profile) as handle:
             return self._generate(prompt, max_new_tokens, handle)
@@ -82,6 +84,7 @@ class TorchBackend:
     def next_token(self, prompt: Prompt, profile: Profile | None) -> tuple[np.ndarray, str]:
         """See `Backend`."""
         if profile is None:
+            self._check_dense(prompt)
             return self._next_token(prompt), "dense"
         with self._patched(profile) as handle:
             before = Counter(handle.report()["forwards"])
@@ -112,6 +115,14 @@ class TorchBackend:
                 out, _ = attend(q, k, v, [layout], categories, profile.template, scale=scale)
         out[0, 0, 0, 0].item()
         return time.perf_counter() - begun
+
+    def _check_dense(self, prompt: Prompt) -> None:
+        """Refuses a comparison with a dense model that torch computes wrongly: Gemma's attention has masks."""
+        if self.facts.family.bidirectional:
+            try:
+                check_masked(prompt["input_ids"].shape[1] ** 2, self.model.device)
+            except NotImplementedError as error:
+                raise IncompatibleError(str(error)) from error
 
     @contextmanager
     def _patched(self, profile: Profile | None) -> Iterator[Handle]:
