@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from shared_profiles import Category, SinkTemplate
-from shared_profiles.lookup import find_profile
+from shared_profiles.lookup import find_profile, searched
 from shared_profiles.profile import Profile
 from torch_blindsight.attention import NAME, Prefill, announce, current_prefill, register, registered
 from torch_blindsight.freeze import Freezer
 from torch_blindsight.implementations import Implementation, Name, implementation
-from torch_blindsight.models import ModelInfo, fingerprint, inspect_model
+from torch_blindsight.models import ModelInfo, checkpoint_folder, fingerprint, inspect_model
 from torch_blindsight.modes import Mode, SparseMode
 from torch_blindsight.prompts import Chunk, Dense, TokenHistory, read_layouts, worth_it
 from torch_blindsight.pruning import REFUSAL, PrunedPrefill, Pruner, Pruning
@@ -291,7 +291,8 @@ def patch(
     chosen = implementation(impl, model, info)
     source = "in memory"
     if profile is None:
-        found = find_profile(print_, getattr(model.config, "_name_or_path", None))
+        folder = checkpoint_folder(model)
+        found = find_profile(print_, folder)
         if found is not None:
             profile, source = found[0], str(found[1])
             logger.info("using the profile %s", source)
@@ -317,6 +318,12 @@ def patch(
         )
     if profile is None:
         mode: Mode = Freezer(info, print_, template or SinkTemplate(), measure_prompts, chosen, break_even)
+        logger.warning(
+            "found no profile of this model: looked %s; the first %d multi-image prompts run dense while they are "
+            "measured",
+            searched(print_, folder),
+            measure_prompts,
+        )
     else:
         mode = SparseMode(profile, chosen, info, break_even, source)
     handle = Handle(model, info, mode, chosen, pruner)
