@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -190,12 +191,14 @@ def test_calibrate_refuses_early(checkpoint: Path, prompts: Path, tmp_path: Path
     alien = tmp_path / "alien"
     alien.mkdir()
     (alien / "config.json").write_text('{"model_type": "llama"}')
+    os.mkfifo(tmp_path / "pipe")
     out, mine = ("--out", tmp_path / "p.json"), tmp_path / "s.npz"
     for code, message, args in (
         (2, "Got none", (checkpoint, tmp_path / "empty.jsonl", *out)),
         (2, "at least two images", (checkpoint, tmp_path / "one.jsonl", *out)),
         (2, "there is no folder", (checkpoint, prompts, "--out", tmp_path / "no" / "p.json")),
         (2, "it is a folder", (checkpoint, prompts, *out, "--state", tmp_path)),
+        (2, "it is a device or a pipe", (checkpoint, prompts, "--out", tmp_path / "pipe")),
         (2, "multiple of 0.05", (checkpoint, prompts, *out, "--quantile", 0.33)),
         (2, "multiple of 8", (checkpoint, prompts, *out, "--local-block", 12)),
         (2, "such as 0,1:1,2. Got '0,1'", (checkpoint, prompts, *out, "--sinks", "0,1")),
