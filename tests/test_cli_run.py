@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from blindsight_cli.backends import Answer
 from blindsight_cli.backends.torch_backend import TorchBackend
+from blindsight_cli.commands.calibrate import save_or_keep
 from blindsight_cli.commands.run import COMPARE_REPEATS
 from blindsight_cli.launched import Place, launched
 from blindsight_cli.loading import DTYPES, ask, load_checkpoint, load_image, pick_device
@@ -24,7 +27,7 @@ from blindsight_cli.main import app
 from blindsight_cli.prompt_file import read_prompts
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from shared_profiles.classifier import Thresholds
-from shared_profiles.lookup import FILE_NAME
+from shared_profiles.lookup import FILE_NAME, cache_path
 from shared_profiles.profile import Profile
 from shared_profiles.statistics import Statistics
 from tiny_checkpoints import save_checkpoint, save_prompts
@@ -156,6 +159,35 @@ def test_calibrate_replaces_no_profile_by_one_of_dense_heads(
     assert result.exit_code == 0 and f"{out} stays as it was" in result.stderr
     assert out.read_bytes() == sparse_profile.read_bytes()
     assert not Profile.load(tmp_path / "p.dense.json").categories.any()
+
+
+def test_a_profile_that_cannot_be_saved_is_kept(
+    checkpoint: Path, prompts: Path, sparse_profile: Path, tmp_path: Path, monkeypatch
+) -> None:
+    out, temporary = tmp_path / "out" / "p.json", tmp_path / "temporary"
+    profile, full, really_replace = Profile.load(sparse_profile), [out.parent], os.replace
+    out.parent.mkdir()
+    temporary.mkdir()
+
+    def replace(source: Path, target: Path) -> None:
+        if any(folder in target.parents for folder in full):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    result = blindsight("calibrate", checkpoint, prompts, "--out", out, "--sinks", "0:1", "--thresholds")
+    kept = cache_path(profile.fingerprint)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"No space left on device: '{out}'" in result.stderr and f"kept in {kept}" in result.stderr
+    assert Profile.load(kept).fingerprint == profile.fingerprint
+    full.append(kept.parent)
+    with pytest.raises(OSError, match=rf"'{kept}'. It is kept in {temporary}"):
+        save_or_keep(profile, out)
+    assert Profile.load(next(temporary.rglob("*.json"))) == profile
+    full.append(temporary)
+    with pytest.raises(OSError, match=r"is lost: .* with --state"):
+        save_or_keep(profile, out)
 
 
 BAD_LINES = {
