@@ -146,11 +146,18 @@ def ask(processor: Any, images: Sequence[Image.Image], question: str, device: st
         `input_ids` `[1, N]`, `attention_mask` `[1, N]`, `pixel_values` and whatever else the family uses.
 
     Raises:
-        ValueError: the processor has no chat template.
+        ValueError: the processor takes no such question or pictures, or has no chat template.
     """
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    inputs = processor.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
+    try:
+        inputs = processor.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    except (LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:  # not all of them say why
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"the checkpoint's processor must take the question and its pictures. Got: {reason}. A question may not "
+            f"have special tokens, such as {processor.image_token}; some processors take no narrow pictures."
+        ) from error
     return {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}
