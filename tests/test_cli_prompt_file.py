@@ -45,10 +45,8 @@ BAD_LINES = {
     "no-picture": ('{"images": ["0-0.png", "prompts.jsonl"], "question": "?"}', "line 2: an image must be a picture"),
     "cut-picture": ('{"images": ["0-0.png", "cut.png"], "question": "?"}', "line 2: an image must be a picture"),
     "thin-picture": ('{"images": ["0-0.png", "thin.png"], "question": "?"}', "line 2: the checkpoint's processor must"),
-    "special-token": (
-        '{"images": ["0-0.png", "0-1.png"], "question": "<|image_pad|>"}',
-        "line 2: the checkpoint's processor must",
-    ),
+    "image-token": ('{"images": ["0-0.png", "0-1.png"], "question": "<|image_pad|>"}', "line 2: a question must be"),
+    "video-token": ('{"images": ["0-0.png", "0-1.png"], "question": "<|video_pad|>"}', "Got <|video_pad|> in it"),
 }
 
 
@@ -66,11 +64,15 @@ def test_calibrate_names_the_bad_line(line: str, message: str, checkpoint: Path,
     assert not (tmp_path / "p.json").exists()
 
 
-@pytest.mark.parametrize("question", ["is this <|image_pad|>?", "half \udcff"], ids=["special", "half"])
-def test_run_names_the_question_that_a_processor_refuses(question: str, checkpoint: Path, prompts: Path) -> None:
-    result = blindsight("run", checkpoint, "--image", prompts.parent / "0-0.png", "--question", question)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert "--question and --image: the checkpoint's processor must" in result.stderr
+def test_run_names_the_question_that_a_processor_refuses(checkpoint: Path, prompts: Path) -> None:
+    picture = prompts.parent / "0-0.png"
+    for question, message in (
+        ("<|image_pad|>?", "a question must"),
+        ("half \udcff", "the checkpoint's processor must"),
+    ):
+        result = blindsight("run", checkpoint, "--image", picture, "--question", question)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert f"--question and --image: {message}" in result.stderr
 
 
 def test_eval_names_the_line_that_a_processor_refuses(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
@@ -82,4 +84,4 @@ def test_eval_names_the_line_that_a_processor_refuses(checkpoint: Path, prompts:
     where = ("--profile", tmp_path / "p.json", "--out", tmp_path / "r.json")
     result = blindsight("eval", checkpoint, data / "items.jsonl", *where)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "items.jsonl, line 2: the checkpoint's processor must" in result.stderr
+    assert "items.jsonl, line 2: a question must be without" in result.stderr
