@@ -19,9 +19,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview) -> 
         data: all of its bytes.
 
     Raises:
-        OSError: the directory is missing or not writable, or the disk is full.
+        OSError: the directory is missing or not writable, the disk is full, or the name is that of a directory, device
+            or pipe. The message names the file.
     """
     target = Path(path).resolve()
+    if target.exists() and not target.is_file():  # the new file would take its place
+        raise OSError(f"only a file may be written over. Got {target}, a folder, device or pipe. Name another file.")
     temporary = target.with_name(f".blindsight-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -29,7 +32,9 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview) -> 
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # the first failure is the one to report
             temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(target)) from error
         raise

@@ -92,6 +92,8 @@ def test_items_are_read_with_their_answers(folder: Path) -> None:
 BAD = {
     "no-answer": ({"answer": None}, 'must have an "answer"'),
     "empty-answer": ({"answer": " "}, 'must have an "answer"'),
+    "half-a-character": ({"answer": "\ud800"}, 'must have an "answer"'),
+    "half-an-option": ({"options": ["yes", "\ud800"]}, "two or more"),
     "answer-number": ({"answer": 3}, 'must have an "answer"'),
     "one-option": ({"options": ["yes"]}, "two or more"),
     "option-number": ({"options": ["yes", 3]}, "two or more"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from blindsight_cli.backends import Answer
 from blindsight_cli.backends.torch_backend import TorchBackend
+from blindsight_cli.commands.calibrate import save_or_keep
 from blindsight_cli.commands.run import COMPARE_REPEATS
 from blindsight_cli.launched import Place, launched
 from blindsight_cli.loading import DTYPES, ask, load_checkpoint, load_image, pick_device
@@ -23,7 +27,7 @@ from blindsight_cli.main import app
 from blindsight_cli.prompt_file import read_prompts
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from shared_profiles.classifier import Thresholds
-from shared_profiles.lookup import FILE_NAME
+from shared_profiles.lookup import FILE_NAME, cache_path
 from shared_profiles.profile import Profile
 from shared_profiles.statistics import Statistics
 from tiny_checkpoints import save_checkpoint, save_prompts
@@ -157,30 +161,33 @@ def test_calibrate_replaces_no_profile_by_one_of_dense_heads(
     assert not Profile.load(tmp_path / "p.dense.json").categories.any()
 
 
-BAD_LINES = {
-    "not-json": ("{oops", "line 2 must be JSON"),
-    "not-utf8": ('{"images": [], "question": "\udcff"}', "line 2 must be JSON"),
-    "no-question": ('{"images": ["0-0.png", "0-1.png"]}', "line 2 must be an object"),
-    "a-list": ("[1]", "line 2 must be an object"),
-    "images-text": ('{"images": "0-0.png", "question": "?"}', "list of file names"),
-    "question-number": ('{"images": [], "question": 3}', "must be a text"),
-    "missing-file": ('{"images": ["0-0.png", "nope.png"], "question": "?"}', "nope.png"),
-    "no-picture": ('{"images": ["0-0.png", "prompts.jsonl"], "question": "?"}', "line 2: an image must be a picture"),
-    "cut-picture": ('{"images": ["0-0.png", "cut.png"], "question": "?"}', "line 2: an image must be a picture"),
-}
+def test_a_profile_that_cannot_be_saved_is_kept(
+    checkpoint: Path, prompts: Path, sparse_profile: Path, tmp_path: Path, monkeypatch
+) -> None:
+    out, temporary = tmp_path / "out" / "p.json", tmp_path / "temporary"
+    profile, full, really_replace = Profile.load(sparse_profile), [out.parent], os.replace
+    out.parent.mkdir()
+    temporary.mkdir()
 
+    def replace(source: Path, target: Path) -> None:
+        if any(folder in target.parents for folder in full):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        really_replace(source, target)
 
-@pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=BAD_LINES)
-def test_calibrate_names_the_bad_line(line: str, message: str, checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(prompts.parent, data)
-    (data / "cut.png").write_bytes((data / "0-0.png").read_bytes()[:200])
-    good = prompts.read_text().splitlines()[0]
-    (data / "bad.jsonl").write_bytes(f"{good}\n{line}\n".encode(errors="surrogateescape"))
-    result = blindsight("calibrate", checkpoint, data / "bad.jsonl", "--out", tmp_path / "p.json")
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    result = blindsight("calibrate", checkpoint, prompts, "--out", out, "--sinks", "0:1", "--thresholds")
+    kept = cache_path(profile.fingerprint)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert message in result.stderr and "bad.jsonl" in result.stderr
-    assert not (tmp_path / "p.json").exists()
+    assert f"No space left on device: '{out}'" in result.stderr and f"kept in {kept}" in result.stderr
+    assert Profile.load(kept).fingerprint == profile.fingerprint
+    full.append(kept.parent)
+    with pytest.raises(OSError, match=rf"'{kept}'. It is kept in {temporary}"):
+        save_or_keep(profile, out)
+    assert Profile.load(next(temporary.rglob("*.json"))) == profile
+    full.append(temporary)
+    with pytest.raises(OSError, match=r"is lost: .* with --state"):
+        save_or_keep(profile, out)
 
 
 def test_calibrate_refuses_early(checkpoint: Path, prompts: Path, tmp_path: Path, monkeypatch) -> None:
@@ -190,12 +197,14 @@ def test_calibrate_refuses_early(checkpoint: Path, prompts: Path, tmp_path: Path
     alien = tmp_path / "alien"
     alien.mkdir()
     (alien / "config.json").write_text('{"model_type": "llama"}')
+    os.mkfifo(tmp_path / "pipe")
     out, mine = ("--out", tmp_path / "p.json"), tmp_path / "s.npz"
     for code, message, args in (
         (2, "Got none", (checkpoint, tmp_path / "empty.jsonl", *out)),
         (2, "at least two images", (checkpoint, tmp_path / "one.jsonl", *out)),
         (2, "there is no folder", (checkpoint, prompts, "--out", tmp_path / "no" / "p.json")),
         (2, "it is a folder", (checkpoint, prompts, *out, "--state", tmp_path)),
+        (2, "it is a device or a pipe", (checkpoint, prompts, "--out", tmp_path / "pipe")),
         (2, "multiple of 0.05", (checkpoint, prompts, *out, "--quantile", 0.33)),
         (2, "multiple of 8", (checkpoint, prompts, *out, "--local-block", 12)),
         (2, "such as 0,1:1,2. Got '0,1'", (checkpoint, prompts, *out, "--sinks", "0,1")),

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -192,15 +193,27 @@ def test_a_failed_save_leaves_the_old_file_whole(tmp_path, monkeypatch, step, er
         raise error
 
     monkeypatch.setattr(os, step, fail)
-    with pytest.raises(type(error)):
+    named = re.escape(f"No space left on device: '{path}'") if isinstance(error, OSError) else None
+    with pytest.raises(type(error), match=named):
         Profile.uniform(Category.SINK, fingerprint()).save(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["profile.json"]
 
 
 def test_saving_into_a_missing_folder_is_an_os_error(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"absent/profile\.json'$"):
         plain_profile().save(tmp_path / "absent" / "profile.json")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path, link):
+    pipe = path = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if link:
+        (path := tmp_path / "link").symlink_to(pipe)
+    with pytest.raises(OSError, match=rf"Got {pipe}, a folder, device or pipe"):
+        plain_profile().save(path)
+    assert pipe.is_fifo() and not list(tmp_path.glob(".*"))
 
 
 # --- foreign models, and differences

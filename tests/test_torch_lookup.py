@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from shared_profiles import Category, SinkTemplate
+from shared_profiles._profile_json import VERSION
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.lookup import FILE_NAME, cache_path
 from shared_profiles.profile import Profile, ProfileError, ProfileMismatchError
@@ -45,6 +47,10 @@ def test_measures_the_first_prompts_then_freezes_and_is_found_again(family, cach
     model, prompts = make_model(family), prompts_of(family, 3)
     dense = [model(**x).logits for x in prompts]
     handle = patch(model, template=SMALL, measure_prompts=3)
+    path = cache_path(fingerprint(model))
+    looked = f"beside the checkpoint (folder unknown), in the user's cache folder ({path}), bundled"
+    begins = "the first 3 multi-image prompts run dense while they are measured"
+    assert log() == [("WARNING", f"found no profile of this model: looked {looked}; {begins}")]
     nothing_yet = {"profile": None, "categories": None, "forwards": {}}
     assert handle.report() == {"state": "measuring", "impl": "portable", **nothing_yet}
     assert handle.profile is None
@@ -54,11 +60,10 @@ def test_measures_the_first_prompts_then_freezes_and_is_found_again(family, cach
         torch.testing.assert_close(model(**x).logits, want, rtol=0, atol=1e-3)
     assert handle.report()["state"] == "sparse"
     profile = handle.profile
-    path = cache_path(profile.fingerprint)
     counts = ", ".join(f"{n} {category.name}" for category, n in profile.counts().items())
     what = "are sparse from now on" if profile.categories.any() else "stay dense: no head may be sparse"
     froze = f"measured 3 prompts and froze a profile ({counts}); prefills {what}; saved as {path}"
-    assert log() == [("WARNING", froze)]
+    assert log()[1:] == [("WARNING", froze)]
     assert handle.report()["profile"] == str(path)
     assert profile.template == SMALL
     assert profile.fingerprint == fingerprint(model)
@@ -75,7 +80,7 @@ def test_measures_the_first_prompts_then_freezes_and_is_found_again(family, cach
         assert found.profile == profile
         assert found.report()["profile"] == str(path)
         assert torch.equal(found.model(**prompts[0]).logits, again)
-    assert log()[1:] == [("INFO", f"using the profile {path}")]
+    assert log()[2:] == [("INFO", f"using the profile {path}")]
     with patch(make_model(family, seed=1)) as other:
         assert other.report()["state"] == "measuring", "another model's profile is no find"
 
@@ -186,8 +191,8 @@ def test_a_cache_that_cannot_be_written_is_reported_and_serving_goes_on(family, 
     model, (inputs,) = make_model(family), prompts_of(family, 1)
     with patch(model, measure_prompts=1, template=SMALL) as handle:
         model(**inputs)
-        ((level, message),) = log()
-        assert level == "ERROR"
+        level, message = log()[-1]
+        assert level == "ERROR" and "stays in memory" in message
         assert "froze a profile" in message
         assert str(cache) in message
         assert "handle.profile.save(path)" in message
@@ -242,9 +247,80 @@ def test_a_file_that_should_hold_the_profile_must(family, tmp_path):
     assert not hasattr(loaded, "_blindsight_handle")
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl"])
+def test_profiles_of_other_formats_in_the_cache_are_passed_over(family, cache):
+    """What another version of this library froze there is neither read nor touched."""
+    model, (inputs,) = make_model(family), prompts_of(family, 1)
+    path = cache_path(fingerprint(model))
+    older = mixed_profile(model).to_json().replace(f"profile/{VERSION}", "profile/3")
+    path.parent.mkdir(parents=True)
+    others = [path.with_name(path.name.replace(f".v{VERSION}.", name)) for name in (".", ".v3.", ".v99.")]
+    for other in others:
+        other.write_text(older)
+    with patch(model, measure_prompts=1) as handle:
+        model(**inputs)
+        assert handle.report()["profile"] == str(path)
+    assert sorted(path.parent.iterdir()) == sorted([*others, path])
+    assert {other.read_text() for other in others} == {older}
+    path.write_text(older)
+    with pytest.raises(ProfileError, match=rf"^{path}: .*an older format"):
+        patch(model)
+
+
+@pytest.mark.parametrize("family", ["gemma3"])
+def test_a_profile_beside_a_snapshot_is_found_by_the_name_on_the_hub(family, tmp_path, monkeypatch, log):
+    revision, repository = "a" * 40, tmp_path / "hub" / "models--acme--tiny"
+    snapshot = repository / "snapshots" / revision
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    make_model(family).save_pretrained(snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = type(make_model(family)).from_pretrained(snapshot)
+    model.config._name_or_path, model.config._commit_hash = "acme/tiny", revision  # as if loaded by that name
+    patch(model).unpatch()
+    assert f"beside the checkpoint ({snapshot})" in log()[-1][1]
+    mixed_profile(model).save(snapshot / FILE_NAME)
+    with patch(model) as handle:
+        assert handle.report()["profile"] == str(snapshot / FILE_NAME)
+    for name in ("acme/other", "gone/a/folder"):
+        model.config._name_or_path = name
+        with patch(model) as handle:
+            assert handle.report()["state"] == "measuring" and f"({name})" in log()[-1][1]
+
+
+def no_home(monkeypatch):
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+
+
+def unreadable(monkeypatch):
+    def refused(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    monkeypatch.setattr(Path, "mkdir", lambda path, **_: refused(path))
+
+
+@pytest.mark.parametrize(("folder", "why"), [(no_home, "no home folder: Could not"), (unreadable, "Permission denied")])
+def test_a_cache_that_cannot_be_read_counts_as_empty(folder, why, monkeypatch, caplog):
+    for name in ("BLINDSIGHT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    folder(monkeypatch)
+    model, (inputs,) = make_model("qwen2_5_vl"), prompts_of("qwen2_5_vl", 1)
+    with patch(model, measure_prompts=1) as handle:
+        model(**inputs)
+        assert handle.report()["profile"] == "in memory"
+    first, _, last = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert first.startswith("no profile is looked for in the user's cache folder: ") and why in first
+    assert why in last and "stays in memory" in last
+    assert all("BLINDSIGHT_CACHE" in message for message in (first, last))
+
+
 def test_where_the_cache_is(tmp_path, monkeypatch):
     mine = fingerprint(make_model("gemma3"))
-    name = f"profiles/gemma3-{mine.digest[7:31]}.json"
+    name = f"profiles/gemma3-{mine.digest[7:31]}.v{VERSION}.json"
     assert cache_path(mine) == tmp_path / "cache" / name
     monkeypatch.setenv("BLINDSIGHT_CACHE", "")
     assert cache_path(mine) == tmp_path / "xdg" / "blindsight" / name

@@ -79,17 +79,20 @@ class Freezer(ObserveMode):
 
     def _save(self, profile: Profile) -> str:
         """Returns where it lies then."""
-        path = cache_path(self.fingerprint)
         counts = ", ".join(f"{n} {category.name}" for category, n in profile.counts().items())
         measured = f"measured {len(self.statistics)} prompts and froze a profile ({counts}); prefills " + (
             "are sparse from now on" if profile.categories.any() else "stay dense: no head may be sparse"
         )
         try:
+            path = cache_path(self.fingerprint)
             path.parent.mkdir(parents=True, exist_ok=True)
             profile.save(path)
         except OSError as error:  # serving goes on: the profile is in memory, and the user is told how to keep it
             logger.error(
-                "%s, but it could not be saved: %s. Call handle.profile.save(path) to keep it.", measured, error
+                "%s, but it could not be saved: %s. It stays in memory: call handle.profile.save(path) to keep it, or "
+                "set BLINDSIGHT_CACHE to a folder that can be written.",
+                measured,
+                error,
             )
             return "in memory"
         logger.warning("%s; saved as %s", measured, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -119,6 +122,22 @@ def _refuse_wrapped(model: nn.Module) -> None:
         )
     if isinstance(getattr(model, "module", None), nn.Module) or hasattr(model, "get_base_model"):
         raise ValueError(f"the model must not be wrapped. Got {kind}. Patch the model inside it, then wrap.")
+
+
+def checkpoint_folder(model: nn.Module) -> str:
+    """The folder that a model was loaded from; of one loaded by a repository's name, its snapshot in the hub's cache.
+
+    A name that is neither is returned as it is; empty for a model that was not loaded.
+    """
+    config: Any = model.config
+    name = getattr(config, "_name_or_path", None) or ""
+    if not name or os.path.isdir(name):
+        return name
+    try:
+        file = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
+    except HFValidationError:  # not a repository's name: a folder that is gone, or relative to another one
+        return name
+    return os.path.dirname(file) if isinstance(file, str) else name
 
 
 @torch.no_grad()

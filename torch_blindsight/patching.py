@@ -25,12 +25,12 @@ from torch import nn
 from transformers import Cache
 
 from shared_profiles import Category, SinkTemplate
-from shared_profiles.lookup import find_profile
+from shared_profiles.lookup import find_profile, searched
 from shared_profiles.profile import Profile
 from torch_blindsight.attention import NAME, Prefill, announce, register, registered
 from torch_blindsight.freeze import Freezer
 from torch_blindsight.implementations import Implementation, Name, implementation
-from torch_blindsight.models import ModelInfo, fingerprint, inspect_model
+from torch_blindsight.models import ModelInfo, checkpoint_folder, fingerprint, inspect_model
 from torch_blindsight.modes import Mode, SparseMode
 from torch_blindsight.prompts import Chunk, Dense, TokenHistory, read_layouts, worth_it
 from torch_blindsight.pruning import REFUSAL, PrunedPrefill, Pruner, Pruning
@@ -322,7 +322,8 @@ def patch(
     print_ = fingerprint(model, info)
     given, source = profile is not None, "in memory"
     if profile is None:
-        found = find_profile(print_, getattr(model.config, "_name_or_path", None))
+        folder = checkpoint_folder(model)
+        found = find_profile(print_, folder)
         if found is not None:
             profile, source = found[0], str(found[1])
     else:
@@ -356,6 +357,12 @@ def patch(
         )
     if profile is None:
         mode: Mode = Freezer(info, print_, template or SinkTemplate(), measure_prompts, chosen, break_even)
+        logger.warning(
+            "found no profile of this model: looked %s; the first %d multi-image prompts run dense while they are "
+            "measured",
+            searched(print_, folder),
+            measure_prompts,
+        )
     else:
         mode = SparseMode(profile, chosen, info, break_even, source)
         if not given:

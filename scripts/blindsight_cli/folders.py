@@ -46,7 +46,8 @@ def require_writable(option: str, path: Path, others: Mapping[str, Path | None] 
         others: what else is read or written, by the option or argument that named it.
 
     Raises:
-        ValueError: it is one of the others, or a folder, or the folder around it is missing or read-only.
+        ValueError: it is one of the others, or a folder, device or pipe, or the folder around it is missing or
+            read-only.
     """
     for other, its in (others or {}).items():
         if its is not None and its.resolve() == path.resolve():
@@ -54,6 +55,8 @@ def require_writable(option: str, path: Path, others: Mapping[str, Path | None] 
     folder = path.parent
     if path.is_dir():
         wrong = "it is a folder"
+    elif path.exists() and not path.is_file():
+        wrong = "it is a device or a pipe"
     elif not folder.is_dir():
         wrong = f"there is no folder {folder}"
     elif not os.access(folder, os.W_OK):

@@ -146,11 +146,25 @@ def ask(processor: Any, images: Sequence[Image.Image], question: str, device: st
         `input_ids` `[1, N]`, `attention_mask` `[1, N]`, `pixel_values` and whatever else the family uses.
 
     Raises:
-        ValueError: the processor has no chat template.
+        ValueError: the question has tokens that stand for pictures, the processor takes no such question or picture,
+            or it has no chat template.
     """
+    names = ("image_token", "video_token", "boi_token")
+    if held := [token for name in names if (token := getattr(processor, name, None)) and token in question]:
+        raise ValueError(
+            f"a question must be without the tokens that stand for pictures and videos. Got {', '.join(held)} in it. "
+            "Take them out."
+        )
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-    inputs = processor.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
+    try:
+        inputs = processor.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    except (LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:  # not all of them say why
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"the checkpoint's processor must take the question and its pictures. Got: {reason}. "
+            "Change the prompt, or leave it out."
+        ) from error
     return {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}

@@ -9,10 +9,12 @@ Pictures are named relative to the file.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from PIL import Image
 from torch import Tensor
@@ -77,10 +79,10 @@ def _parse(line: bytes, path: Path, number: int, answered: bool) -> Prompt:
         got = f"the keys {sorted(prompt)}" if isinstance(prompt, dict) else f"a {type(prompt).__name__}"
         raise ValueError(f'{where} must be an object with "images" and "question". Got {got}.')
     names, question = prompt["images"], prompt["question"]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(_is_text(name) for name in names):
         raise ValueError(f'{where}: "images" must be a list of file names. Got {names!r:.80}.')
-    if not isinstance(question, str):
-        raise ValueError(f'{where}: "question" must be a text. Got {question!r:.80}.')
+    if not _is_text(question):
+        raise ValueError(f'{where}: "question" must be a text of whole characters. Got {question!r:.80}.')
     images = tuple(path.parent / name for name in names)
     for image in images:
         if not image.is_file():
@@ -92,12 +94,17 @@ def _parse(line: bytes, path: Path, number: int, answered: bool) -> Prompt:
     return Prompt(number, images, question, *(_answer(prompt, where) if answered else ()))
 
 
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is a string of whole characters: JSON can spell half of one, a lone surrogate."""
+    return isinstance(value, str) and re.search(r"[\ud800-\udfff]", value) is None
+
+
 def _answer(prompt: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
     """Answer and options of a line."""
     answer, options = prompt.get("answer"), prompt.get("options", [])
-    if not isinstance(answer, str) or not answer.strip():
+    if not _is_text(answer) or not answer.strip():
         raise ValueError(f'{where} must have an "answer", a text that is not empty. Got {answer!r:.80}.')
-    texts = isinstance(options, list) and all(isinstance(option, str) and option.strip() for option in options)
+    texts = isinstance(options, list) and all(_is_text(option) and option.strip() for option in options)
     if not texts or len(options) == 1:
         raise ValueError(f'{where}: "options" must be a list of two or more texts. Got {options!r:.80}.')
     return answer, tuple(options)
@@ -105,6 +112,8 @@ def _answer(prompt: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
 
 class PromptLoader:
     """Prompts as what the model takes, read one at a time: what `calibrate` iterates over.
+
+    Iterating raises a ValueError, which names the line, where a picture cannot be read or the processor refuses.
 
     Args:
         prompts: the prompts.
@@ -121,7 +130,10 @@ class PromptLoader:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for prompt in self.prompts:
-            yield ask(self.processor, open_images(prompt, self.path), prompt.question, self.device)
+            images = open_images(prompt, self.path)
+            with _named(prompt, self.path):
+                inputs = ask(self.processor, images, prompt.question, self.device)
+            yield inputs
 
 
 def open_images(prompt: Prompt, path: Path) -> list[Image.Image]:
@@ -130,7 +142,14 @@ def open_images(prompt: Prompt, path: Path) -> list[Image.Image]:
     Raises:
         ValueError: one cannot be read; the message names the line.
     """
-    try:
+    with _named(prompt, path):
         return [load_image(image) for image in prompt.images]
+
+
+@contextmanager
+def _named(prompt: Prompt, path: Path) -> Iterator[None]:
+    """Puts file and line in front of a ValueError."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"{path}, line {prompt.line}: {error}") from error

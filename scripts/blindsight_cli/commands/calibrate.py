@@ -8,6 +8,7 @@ deals the prompts out; the first process writes the profile and does the talking
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from shared_profiles import SinkTemplate
 from shared_profiles.budget import Budget, chosen_point
 from shared_profiles.classifier import Thresholds
 from shared_profiles.collection import check_local_block
-from shared_profiles.lookup import FILE_NAME
+from shared_profiles.lookup import FILE_NAME, cache_path
 from shared_profiles.profile import Profile
 from shared_profiles.state_files import state_files
 from shared_profiles.summary import LEVELS
@@ -76,6 +77,7 @@ def run_calibrate(
 
     Raises:
         ValueError, OSError: see `load_backend`, `read_prompts` and the `calibrate` of either library.
+        OSError: the profile cannot be saved there; the message says where it is kept instead.
     """
     check_quantile(how)
     template = None if sinks is None else read_sinks(sinks, local_block)
@@ -118,9 +120,45 @@ def run_calibrate(
         if place.is_first:
             out = spared(out, profile)
             replaced = out.exists()
-            profile.save(out)
+            save_or_keep(profile, out)
             _tell(profile, checkpoint, out, replaced, skipped, seconds, as_json=as_json)
     return ExitCode.OK
+
+
+def save_or_keep(profile: Profile, out: Path) -> None:
+    """Saves a profile that took long to make; where that fails, it is kept in the user's cache or a temporary folder.
+
+    Raises:
+        OSError: it is not at `out`; the message says why, and where it is.
+    """
+    try:
+        profile.save(out)
+        return
+    except OSError as error:
+        failed = error
+
+    def in_cache() -> Path:
+        path = cache_path(profile.fingerprint)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return spared(path, profile)
+
+    def in_temporary() -> Path:
+        return Path(tempfile.mkdtemp(prefix="blindsight-")) / FILE_NAME
+
+    reasons = [str(failed)]
+    for place in (in_cache, in_temporary):
+        try:
+            profile.save(kept := place())
+        except OSError as error:
+            reasons.append(str(error))
+        else:
+            raise OSError(
+                f"the profile could not be saved: {'; '.join(reasons)}. It is kept in {kept}: copy it from there."
+            ) from failed
+    raise OSError(
+        f"the profile could be saved nowhere and is lost: {'; '.join(reasons)}. Make room and run the same command "
+        "again; with --state it has nothing to measure anew."
+    ) from failed
 
 
 def spared(out: Path, profile: Profile) -> Path:

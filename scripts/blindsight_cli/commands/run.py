@@ -85,7 +85,10 @@ def run_question(
     found = None if profile is None else Profile.load(profile)
     model = load_backend(backend, checkpoint, dtype=dtype, device=device)
     processor = load_processor(checkpoint)
-    inputs = ask(processor, pictures, question, model.device)
+    try:
+        inputs = ask(processor, pictures, question, model.device)
+    except ValueError as error:
+        raise ValueError(f"--question and --image: {error}") from error
     session = _Session(model, processor, inputs, max_new_tokens)
     path = profile
     if found is not None:

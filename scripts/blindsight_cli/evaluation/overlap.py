@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from blindsight_cli.evaluation.items import Item, digest, picture_digest
-from blindsight_cli.loading import ask
-from blindsight_cli.prompt_file import open_images, read_prompts
+from blindsight_cli.prompt_file import PromptLoader, open_images, read_prompts
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, prompt_digest
 
@@ -84,8 +83,7 @@ def is_data_of(profile: Profile, path: Path, processor: Any) -> bool:
     if provenance is None or len(telling) < provenance.n_prompts:
         return False
     ids: set[str] = set()
-    for prompt in telling:
-        inputs = ask(processor, open_images(prompt, path), prompt.question)
+    for inputs in PromptLoader(telling, path, processor, "cpu"):
         ids.add(prompt_digest({name: value.numpy() for name, value in inputs.items() if isinstance(value, Tensor)}))
         if len(ids) == provenance.n_prompts:  # a prompt that is there twice is measured once
             break
