@@ -130,7 +130,7 @@ def test_a_prompt_with_an_answer_behind_it_is_known(family, log):
         }
         model(**prompts[2])
         assert handle.profile.provenance.n_prompts == 2
-    assert "a prompt could not be measured, another one will be" in log()[0][1]
+    assert any("a prompt could not be measured, another one will be" in message for _, message in log())
 
 
 def test_a_prompt_that_is_cut_within_an_image_is_not_measured():
