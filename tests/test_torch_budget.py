@@ -245,6 +245,12 @@ def test_a_killed_run_counts_no_prompt_twice_and_ends_with_the_same_bits(tmp_pat
         calibrate(model, prompts, state=state, thresholds=Thresholds(), **QUIET)
 
 
+def never():
+    """Prompts that nobody must have begun to measure."""
+    raise AssertionError("a mistake must show before the first prompt is measured")
+    yield
+
+
 def test_what_cannot_be_searched_is_refused():
     model, prompts = make_model("qwen2_5_vl"), prompts_of("qwen2_5_vl", 3)
     lone = [make_inputs("qwen2_5_vl", [make_ids(1, seed=i)]) for i in range(4)]
@@ -257,7 +263,13 @@ def test_what_cannot_be_searched_is_refused():
     with pytest.raises(ValueError, match=r"the held-out split must have.*Got none \(0 prompts held out\)"):
         calibrate(model, prompts, held_out=1e-9, **QUIET)
     with pytest.raises(ValueError, match=r"the held-out split must have.*Got none \(4 prompts held out\)"):
-        calibrate(model, prompts, held_out=lone, **QUIET)
+        calibrate(model, never(), held_out=lone, **QUIET)
+    with torch.inference_mode():
+        frozen = make_model("qwen2_5_vl", n_layers=1)
+    with pytest.raises(ValueError, match=r"weights that were made outside of torch.inference_mode\(\)"):
+        calibrate(frozen, never(), **QUIET)
+    with pytest.raises(ValueError, match="without labels"):
+        calibrate(model, [prompts[0] | dict(labels=prompts[0]["input_ids"])], **QUIET)
     with pytest.raises(ValueError, match="calibration needs prompts with at least two images"):
         calibrate(model, lone, held_out=0.4, **QUIET)
     with pytest.raises(ValueError, match="must not be calibrated on"):

@@ -24,7 +24,7 @@ from shared_profiles.collection import Collector, check_local_block
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, make_profile, make_provenance, prompt_digest
 from shared_profiles.sink_statistics import REACH, SinkMass
-from shared_profiles.split import HELD_OUT, Given, Split
+from shared_profiles.split import HELD_OUT, Given, Split, require_held_out
 from shared_profiles.state_files import one_writer
 from shared_profiles.statistics import PromptStatistics
 from torch_blindsight.gradient import GradientMode, measure_with_gradient
@@ -34,6 +34,7 @@ from torch_blindsight.models import PACKAGES, ModelInfo, fingerprint, inspect_mo
 from torch_blindsight.observe import ObserveMode, Observer
 from torch_blindsight.patching import HANDLE, Handle
 from torch_blindsight.processes import joined_processes
+from torch_blindsight.prompts import Dense, TokenHistory, read_layouts
 from torch_blindsight.residual import ResidualStream
 from torch_blindsight.sinks import SinkMode, observing, read_sinks
 
@@ -93,7 +94,8 @@ def calibrate(
 
     Raises:
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
-            calibrated on; tokens and model are on different devices; the model is patched; budget and thresholds;
+            calibrated on; tokens and model are on different devices; the model is patched, or made in
+            inference mode and ranked by gradients; budget and thresholds;
             template and local_block; a state is of another model, template or rankings, or another run writes it; the
             processes of a group were given different prompts.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
@@ -105,11 +107,16 @@ def calibrate(
     check_local_block(template, local_block)
     info = inspect_model(model)
     info.require_all_heads("calibration")
+    if "gradient" in rankings_for(limit) and any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "ranking by the gradient needs weights that were made outside of torch.inference_mode(). Got some of "
+            "inside. Load the model before you enter it."
+        )
     print_ = fingerprint(model, info)
     chosen = implementation(impl, model, info)
     split: Split[Mapping[str, Any]] | None = None
     if limit is not None:
-        split = _Aside(held_out) if isinstance(held_out, int | float) else _given(model, held_out)
+        split = _Aside(held_out) if isinstance(held_out, int | float) else _given(model, info, held_out)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -179,9 +186,19 @@ def measuring(
         yield lambda prompt: _measure(model, mode, prompt)
 
 
-def _given(model: nn.Module, prompts: Iterable[Mapping[str, Any]]) -> Given[Mapping[str, Any]]:
+def _given(model: nn.Module, info: ModelInfo, prompts: Iterable[Mapping[str, Any]]) -> Given[Mapping[str, Any]]:
     """Held-out prompts of the caller's own, checked."""
-    return Given({prompt_digest(_arrays(model, prompt)): moved(prompt, "cpu") for prompt in prompts})
+    given: dict[str, Mapping[str, Any]] = {prompt_digest(_arrays(model, p)): moved(p, "cpu") for p in prompts}
+    require_held_out(sum(_n_images(prompt, info) >= 2 for prompt in given.values()), len(given))
+    return Given(given)
+
+
+def _n_images(prompt: Mapping[str, Any], info: ModelInfo) -> int:
+    """Images of a prompt, 0 where it is none that runs sparse; a malformed one is a ValueError."""
+    try:
+        return read_layouts(prompt, info.family, info.special, TokenHistory())[0][0].n_images
+    except Dense:
+        return 0
 
 
 class _Aside(Split[Mapping[str, Any]]):
