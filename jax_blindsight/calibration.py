@@ -85,10 +85,11 @@ def calibrate(
     Raises:
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
             calibrated on; budget and thresholds; template and local_block; a state is of another model, template or
-            rankings, or another run writes it; an unknown `impl`.
+            rankings, or another run writes it; the weights were changed since `load`; an unknown `impl`.
         NotImplementedError, ImportError: see `sparse_prefill`.
         OSError: the state cannot be written.
     """
+    params.require_loaded()
     limit = budget_of(budget, thresholds)
     check_local_block(template, local_block)
     rankings, split = rankings_for(limit), None if limit is None else _split(held_out)
