@@ -179,6 +179,9 @@ def test_what_does_not_belong_to_this_run_is_refused(tmp_path):
     (tmp_path / "profile.json").write_text("{}")
     with pytest.raises(ValueError, match=r"profile\.json must be a whole file written by Statistics\.save"):
         Machine().run(range(9), state=tmp_path / "profile.json")
+    for path in (tmp_path / "other.npz", str(tmp_path / "other.npz")):
+        with pytest.raises(ValueError, match=r"must be a list of paths. Got '.*other\.npz'. Put it in a list"):
+            Machine().run(range(9), merge=path)
     with pytest.raises(FileNotFoundError):
         Machine().run(range(9), merge=[tmp_path / "absent.npz"])
     assert not (tmp_path / "state.npz").exists() and (tmp_path / "profile.json").read_text() == "{}"
