@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 
 def bucket(n: int, *, minimum: int = 128) -> int:
     """The smallest bucket that holds n.
@@ -10,12 +12,13 @@ def bucket(n: int, *, minimum: int = 128) -> int:
     So less than 1/8 of a bucket above the minimum is padding, and prompts between 1K and 256K tokens fall into 65.
 
     Args:
-        n: what must fit, at least 0.
+        n: what must fit, an integer of any kind, at least 0.
         minimum: the smallest bucket.
 
     Raises:
         ValueError: n is negative or the minimum is below 1.
     """
+    n = operator.index(n)
     if n < 0 or minimum < 1:
         raise ValueError(f"n must be at least 0 and minimum at least 1. Got n={n}, minimum={minimum}.")
     if n <= minimum:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from tqdm import tqdm
 
 from jax_blindsight.gradient import measure_with_gradient
 from jax_blindsight.held_out import HeldOut
+from jax_blindsight.inputs import as_arrays
 from jax_blindsight.observe import observe, observer_of
 from jax_blindsight.params import Params
 from jax_blindsight.sinks import measure_sinks
 from shared_profiles import SinkTemplate, count_layer_pairs
 from shared_profiles.budget import Budget, budget_of, rankings_for, tune
 from shared_profiles.classifier import Thresholds
-from shared_profiles.collection import Collector, check_local_block
+from shared_profiles.collection import Collector, check_local_block, of_prompt
 from shared_profiles.fisher import prompt_seed
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, make_profile, make_provenance, prompt_digest
@@ -85,10 +87,11 @@ def calibrate(
     Raises:
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
             calibrated on; budget and thresholds; template and local_block; a state is of another model, template or
-            rankings, or another run writes it; an unknown `impl`.
+            rankings, or another run writes it; the weights were changed since `load`; an unknown `impl`.
         NotImplementedError, ImportError: see `sparse_prefill`.
         OSError: the state cannot be written.
     """
+    params.require_loaded()
     limit = budget_of(budget, thresholds)
     check_local_block(template, local_block)
     rankings, split = rankings_for(limit), None if limit is None else _split(held_out)
@@ -103,31 +106,37 @@ def calibrate(
             save_every=save_every,
             split=split,
         )
+        # What is wrong with held-out prompts that were given shows before the others are measured.
+        given = HeldOut(params, split.prompts, impl) if isinstance(split, Given) else None
         sinks = template or collector.learn(lambda prompt: measure_sinks(params, prompt, impl=impl), local_block)
         statistics = collector.collect(lambda prompt: measure(params, prompt, sinks, impl, rankings), sinks)
         profile = make_profile(statistics, thresholds or Thresholds(), sinks, params.fingerprint, dataset, PACKAGES)
         if limit is None or split is None:
             return profile
-        held = HeldOut(params, profile, split.prompts, impl)
+        held = given or HeldOut(params, split.prompts, impl)
         made_from = make_provenance(dataset, statistics, PACKAGES, held.n_tokens)
-        return tune(replace(profile, provenance=made_from), limit, held, held_out=dataset_hash(held.prompts))
+        profile = replace(profile, provenance=made_from)
+        return tune(profile, limit, partial(held, profile), held_out=dataset_hash(held.prompts))
 
 
 def _split(held_out: float | Iterable[Mapping[str, Any]]) -> Split[Mapping[str, Any]]:
     """The held-out prompts: a share, or the caller's own, checked."""
-    if isinstance(held_out, int | float):
+    if isinstance(held_out, int | float | np.floating):
         return Split(held_out)
-    return Given({prompt_digest(_arrays(prompt)): prompt for prompt in held_out})
+    prompts = {}
+    for number, prompt in enumerate(held_out):
+        with of_prompt(f"held-out prompt {number}"):
+            prompts[prompt_digest(_arrays(prompt))] = prompt
+    return Given(prompts)
 
 
 def _arrays(prompt: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The prompt in NumPy; refuses what is not one prompt."""
-    ids = np.asarray(prompt.get("input_ids"))
-    if ids.ndim != 2 or len(ids) != 1:
-        raise ValueError(
-            f"a prompt must be what the processor returns for one prompt, input_ids [1, N]. Got {ids.shape}."
-        )
-    return {name: np.asarray(value) for name, value in prompt.items() if value is not None}
+    arrays = as_arrays(prompt)
+    shape = arrays["input_ids"].shape if "input_ids" in arrays else None
+    if shape is None or len(shape) != 2 or shape[0] != 1:
+        raise ValueError(f"a prompt must be what the processor returns for one prompt, input_ids [1, N]. Got {shape}.")
+    return arrays
 
 
 def measure(

@@ -41,10 +41,13 @@ def check_target(folder: Path) -> None:
     """Demands that a folder can be written.
 
     Raises:
-        ValueError: it exists and is not empty, or the folder around it is missing or read-only.
+        ValueError: it exists and is not empty, or is the working folder, whose place another would take; or the folder
+            around it is missing or read-only.
     """
-    around = folder.absolute().parent
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    around = folder.resolve().parent
+    if folder.resolve() == Path.cwd():
+        wrong = "it is the working folder"
+    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         wrong = "it exists"
     elif not around.is_dir():
         wrong = f"there is no folder {around}"
@@ -60,17 +63,22 @@ def write(folder: Path, weights: Weights, fingerprint: Fingerprint, files: Mappi
 
     Args:
         folder: where; new, or empty.
-        weights: all of one dtype.
+        weights: all of one dtype, float32, bfloat16 or float16.
         fingerprint: of the model.
         files: what goes beside them, by name: a text, or a file to copy.
 
     Raises:
-        ValueError: see `check_target`.
+        ValueError: see `check_target`; or the weights are of other or several dtypes.
         OSError: the disk is full, or a file cannot be read.
     """
     check_target(folder)
-    dtype = jax.tree.leaves(weights)[0].dtype
-    target = folder.absolute()
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(weights)}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES.values()):
+        raise ValueError(
+            f"a model to be saved must be of one dtype, {', '.join(x.name for x in DTYPES.values())}. Got "
+            f"{', '.join(sorted(x.name for x in dtypes))}. Cast all leaves: jax.tree.map(lambda x: x.astype(...), ...)."
+        )
+    target = folder.resolve()
     temporary = target.with_name(f".blindsight-{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir()
@@ -83,7 +91,7 @@ def write(folder: Path, weights: Weights, fingerprint: Fingerprint, files: Mappi
             checkpointer.save(temporary / WEIGHTS, weights)
         manifest = {
             "schema": SCHEMA,
-            "dtype": dtype.name,
+            "dtype": dtypes.pop().name,
             "fingerprint": asdict(fingerprint),
             "shapes": _shapes(weights),
             "sizes": _sizes(temporary / WEIGHTS),
@@ -104,6 +112,10 @@ def _checkpointer(weights: Weights) -> ocp.StandardCheckpointer:
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file in a folder, by path."""
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
 
 
 def _shapes(weights: Weights) -> dict[str, list[int]]:
@@ -136,7 +148,8 @@ class SavedModel:
             raise ValueError(f"{path} must be a manifest of {SCHEMA}. Got {error!r}. {_AGAIN}") from error
         # Looked at first, as shapes are in `read`: orbax reads all at once, answers what does not fit with a page of
         # tracebacks, and leaves tasks behind.
-        found = _sizes(self._weights)
+        # Hidden files that a file manager or a network drive left there do no harm.
+        found = {name: n for name, n in _sizes(self._weights).items() if name in sizes or not _is_hidden(name)}
         if wrong := sorted(name for name in sizes.keys() | found.keys() if sizes.get(name) != found.get(name)):
             raise ValueError(
                 f"{self._weights} must hold the files that {MANIFEST} names, in their sizes. Other, missing or not "

@@ -6,7 +6,7 @@ and capacity of the cache; sampling once per batch size.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,24 +26,29 @@ from jax_blindsight.sharding import sharded_rows
 _NEVER = float(np.finfo(np.float32).min)  # a score that softmax makes 0; finite
 
 
-def decode_step(params: Params, tokens: Array | np.ndarray, cache: Cache) -> tuple[Array, Cache]:
+def decode_step(params: Params, tokens: Array | np.ndarray | Sequence[int], cache: Cache) -> tuple[Array, Cache]:
     """Adds one token to every row.
 
     Args:
         params: what the cache was made with.
-        tokens: `[B]` integer ids. Not waited for: they may still be on their way.
+        tokens: `[B]` integer ids of the vocabulary. Those on a device are not waited for, and so not looked at: they
+            may still be on their way.
         cache: what a prefill or decode step returned last; it is consumed.
 
     Returns:
         Logits of the next token, `[B, V]` float32, and the cache to go on with.
 
     Raises:
-        ValueError: `tokens` have a wrong shape or dtype, or the cache is full or consumed.
+        ValueError: `tokens` have a wrong shape or dtype or are no ids, or the cache is full or consumed.
     """
+    tokens = tokens if isinstance(tokens, Array) else np.asarray(tokens)
     if tokens.shape != (cache.batch,) or tokens.dtype.kind not in "iu":
         raise ValueError(
             f"tokens must be integers [B], one for each of the {cache.batch} rows. Got {tokens.dtype} {tokens.shape}."
         )
+    vocabulary = params.config.text.vocab_size
+    if isinstance(tokens, np.ndarray) and ((tokens < 0) | (tokens >= vocabulary)).any():
+        raise ValueError(f"tokens must be in [0, {vocabulary}), the model's vocabulary. Got {tokens.tolist()!s:.200}.")
     cache.require_room(1)
     rows = np.stack([cache.next_position, cache.prefilled.start]).astype(np.int32)
     arrays = tokens, rows, np.int32(cache.length), cache.keys, cache.values
@@ -114,11 +119,16 @@ def write(
         row repeats it. And the cache, which holds all of it but the last column: a next turn begins with that.
 
     Raises:
-        ValueError: an option is out of its range, or the cache is full or consumed.
+        ValueError: an option is out of its range, the logits are those of all tokens, or the cache is full or consumed.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
     eos = params.eos if eos is None else eos
-    stops = np.array([eos] if isinstance(eos, int) else list(eos), dtype=np.int32)
+    if start.logits.ndim != 2:
+        raise ValueError(
+            f"an answer goes on from the logits of the last tokens, [B, V]. Got {start.logits.shape}. Prefill without "
+            "all_logits."
+        )
+    stops = np.array([eos] if isinstance(eos, int | np.integer) else list(eos), dtype=np.int32)
     logits, cache, key = start.logits, start.cache, jax.random.key(seed)
     written: list[np.ndarray] = []
     ended = np.zeros(cache.batch, dtype=bool)
@@ -137,12 +147,12 @@ def write(
 
 
 def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1. Got {max_new_tokens}.")
+    if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer of at least 1. Got {max_new_tokens}.")
     if not 0 <= temperature < np.inf:
         raise ValueError(f"temperature must be a finite number of at least 0. Got {temperature}.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, or None. Got {top_k}.")
+    if top_k is not None and (not isinstance(top_k, int | np.integer) or top_k < 1):
+        raise ValueError(f"top_k must be an integer of at least 1, or None. Got {top_k}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], or None. Got {top_p}.")
     if not temperature and (top_k is not None or top_p is not None):

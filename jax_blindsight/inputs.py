@@ -65,11 +65,31 @@ def read_inputs(config: ModelConfig, inputs: Mapping[str, Any], *, past: np.ndar
     return Prompt(Tokens(aligned, start, grids), given, pictures)
 
 
-def _arrays(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The inputs that are there, as arrays."""
+def as_arrays(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inputs that are there, as arrays; what is bfloat16 in torch, which NumPy lacks, as float32.
+
+    Raises:
+        ValueError: they are not arrays by name.
+    """
     if not isinstance(inputs, Mapping):
         raise ValueError(f"inputs must be what the processor returns, arrays by name. Got a {type(inputs).__name__}.")
-    arrays = {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+    arrays = {}
+    for name, value in inputs.items():
+        if value is None:
+            continue
+        if hasattr(value, "detach"):  # a tensor of torch
+            value = value.detach().cpu()
+            value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+        try:
+            arrays[name] = np.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} must be an array, or lists of one shape. Got: {error}") from error
+    return arrays
+
+
+def _arrays(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The inputs that are there, as arrays; refuses what is not input."""
+    arrays = as_arrays(inputs)
     if unknown := sorted(set(arrays) - set(_NAMES)):
         raise ValueError(f"inputs may hold {', '.join(_NAMES)}. Got {', '.join(unknown)}. Leave it out.")
     if "input_ids" not in arrays:

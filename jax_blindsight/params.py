@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from jax_blindsight.checkpoint import CONFIG, SavedModel, is_saved, write
 from jax_blindsight.config import ModelConfig
 from jax_blindsight.convert import Conversion
+from jax_blindsight.marks import has_mark, marks_of
 from jax_blindsight.model import Weights, abstract_weights
 from jax_blindsight.sharding import param_shardings
 from jax_blindsight.tensor_files import DTYPES, TensorFiles
@@ -52,6 +53,9 @@ class Params:
         settings: the text of the checkpoint's `config.json`.
         mesh: the devices that the weights are split over; None for one device.
         eos: token ids at which the checkpoint says that an answer ends.
+        marks: what `load` knows the weights by. They may be cast and moved; others in their place are another model,
+            which profile and fingerprint do not belong to: `calibrate` and `save` refuse it. Empty for a model that was
+            not loaded: its fingerprint is taken on trust.
     """
 
     weights: Weights
@@ -61,11 +65,12 @@ class Params:
     settings: str
     mesh: Mesh | None = None
     eos: tuple[int, ...] = ()
+    marks: frozenset[str] = frozenset()
 
     def tree_flatten(self) -> tuple[tuple[Weights], tuple]:
         """Leaves and static fields, for jax."""
-        static = (self.config, self._static_profile, self.fingerprint, self.settings, self.mesh, self.eos)
-        return (self.weights,), static
+        others = self.fingerprint, self.settings, self.mesh, self.eos, self.marks
+        return (self.weights,), (self.config, self._static_profile, *others)
 
     @classmethod
     def tree_unflatten(cls, static: tuple, children: tuple[Weights]) -> Params:
@@ -76,6 +81,19 @@ class Params:
     @cached_property
     def _static_profile(self) -> _StaticProfile:
         return _StaticProfile(self.profile)
+
+    def require_loaded(self) -> None:
+        """Demands the weights that the fingerprint was made of.
+
+        Raises:
+            ValueError: they were changed since `load`.
+        """
+        if self.marks and not has_mark(self.weights, self.marks):
+            raise ValueError(
+                "the weights must be those that were loaded: the fingerprint, which profiles and states are known by, "
+                f"is theirs. Got others under {self.fingerprint.digest}. Write them as a Hugging Face checkpoint, and "
+                "load that."
+            )
 
 
 class _StaticProfile:
@@ -150,7 +168,7 @@ def load(
     else:
         wanted = source.dtype if dtype == "auto" else _DTYPES[dtype]
         weights = source.read(_target(config, wanted, shardings))
-    return Params(weights, config, profile, fingerprint, settings, mesh, _eos(folder, hf_config))
+    return Params(weights, config, profile, fingerprint, settings, mesh, _eos(folder, hf_config), marks_of(weights))
 
 
 def save(params: Params, path: str | os.PathLike[str], *, beside: Iterable[Path] = ()) -> None:
@@ -162,9 +180,10 @@ def save(params: Params, path: str | os.PathLike[str], *, beside: Iterable[Path]
         beside: files to copy into it, such as those of the processor.
 
     Raises:
-        ValueError: the folder is not empty, or cannot be made.
+        ValueError: the folder is not empty, or cannot be made; or the weights were changed since `load`.
         OSError: the disk is full, or a file cannot be read.
     """
+    params.require_loaded()
     files: dict[str, str | Path] = {file.name: file for file in beside}
     files[CONFIG] = params.settings
     files.setdefault(_GENERATION, json.dumps({"eos_token_id": list(params.eos)}))

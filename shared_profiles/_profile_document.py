@@ -25,9 +25,9 @@ def encode(profile: Profile) -> dict[str, Any]:
         "model": asdict(profile.fingerprint),
         "categories": [[Category(value).name for value in layer] for layer in profile.categories],
         "template": {
-            "from_start": [int(offset) for offset in profile.template.from_start],
-            "from_end": [int(offset) for offset in profile.template.from_end],
-            "local_block": int(profile.template.local_block),
+            "from_start": list(profile.template.from_start),
+            "from_end": list(profile.template.from_end),
+            "local_block": profile.template.local_block,
         },
         "choice": profile.choice,
         "provenance": None if profile.provenance is None else asdict(profile.provenance),

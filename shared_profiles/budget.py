@@ -45,7 +45,7 @@ class Budget:
     ranking: str = "gradient"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.kl, int | float) and not isinstance(self.kl, bool)
+        number = isinstance(self.kl, int | float | np.floating) and not isinstance(self.kl, bool)
         if not number or not math.isfinite(self.kl) or self.kl < 0:
             raise ValueError(f"the budget must be a finite number of nats, at least 0. Got {self.kl!r}. Try 0.01.")
         object.__setattr__(self, "kl", rounded(self.kl))

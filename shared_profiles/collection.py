@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -44,6 +45,8 @@ class Collector[P]:
     Raises:
         ValueError: a state is damaged, or holds a prompt that is now held out.
         OSError: a state cannot be read.
+
+    What is wrong with a prompt is told with its number among the prompts, from 0, and its digest.
     """
 
     def __init__(
@@ -65,8 +68,16 @@ class Collector[P]:
         if split is not None:
             self._files.require_none(split.claims)
         # A prompt that was found to show nothing is None.
-        self._stream: Iterator[tuple[str, P | None]] = ((prompt_digest(arrays(prompt)), prompt) for prompt in prompts)
+        self._stream: Iterator[tuple[str, P | None]] = self._read(prompts, arrays)
+        self._names: dict[str, str] = {}
         self._sinks: dict[str, SinkMass] = {}
+
+    def _read(self, prompts: Iterable[P], arrays: Callable[[P], Mapping[str, np.ndarray]]) -> Iterator[tuple[str, P]]:
+        for number, prompt in enumerate(prompts):
+            with of_prompt(f"prompt {number}"):
+                prompt_id = prompt_digest(arrays(prompt))
+            self._names.setdefault(prompt_id, f"prompt {number} ({prompt_id})")
+            yield prompt_id, prompt
 
     def learn(self, measure: Callable[[P], SinkMass | None], local_block: int | None) -> SinkTemplate:
         """The sink template of the statistics in the state files; where there are none yet, a learned one.
@@ -96,7 +107,9 @@ class Collector[P]:
             read.append((prompt_id, prompt))
             if prompt_id in self._sinks or (self._split is not None and self._split.holds_out(prompt_id, prompt)):
                 continue
-            if (mass := measure(prompt)) is None:
+            with of_prompt(self._names[prompt_id]):
+                mass = measure(prompt)
+            if mass is None:
                 read[-1] = prompt_id, None  # keeps no pictures
                 continue
             self._sinks[prompt_id] = mass
@@ -133,7 +146,8 @@ class Collector[P]:
                 turn += 1
                 if not self._processes.is_mine(turn - 1):
                     continue
-                record = None if prompt is None else measure(prompt)
+                with of_prompt(self._names[prompt_id]):
+                    record = None if prompt is None else measure(prompt)
                 if record is None:
                     skipped += 1
                     continue
@@ -162,6 +176,15 @@ class Collector[P]:
             )
         self._files.finish(whole)
         return whole
+
+
+@contextmanager
+def of_prompt(name: str) -> Iterator[None]:
+    """In this context a ValueError names the prompt that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_local_block(template: SinkTemplate | None, local_block: int | None) -> None:

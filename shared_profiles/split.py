@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 
+import numpy as np
+
 HELD_OUT = 0.25
 """Share of the prompts that is held out unless said otherwise."""
 
@@ -27,9 +29,9 @@ class Split[P]:
     """
 
     def __init__(self, share: float = HELD_OUT) -> None:
-        if not isinstance(share, int | float) or not math.isfinite(share) or not 0 < share < 1:
+        if not isinstance(share, int | float | np.floating) or not math.isfinite(share) or not 0 < share < 1:
             raise ValueError(f"held_out must be a share of the prompts in (0, 1), or prompts. Got {share!r}.")
-        self.share = share
+        self.share = float(share)
         self.prompts: dict[str, P] = {}
 
     def claims(self, prompt_id: str) -> bool:

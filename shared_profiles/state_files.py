@@ -87,11 +87,13 @@ class StateFiles:
         processes: those that run; each must make one of these.
 
     Raises:
-        ValueError: a file is no whole state.
+        ValueError: a file is no whole state, or `merge` is one path instead of several.
         OSError: one to be merged cannot be read.
     """
 
     def __init__(self, state: str | Path | None, merge: Iterable[str | Path], processes: Processes) -> None:
+        if isinstance(merge, str | os.PathLike):
+            raise ValueError(f"states to merge must be a list of paths. Got {os.fspath(merge)!r}. Put it in a list.")
         self._state = None if state is None else Path(state)
         self._processes = processes
         self._old = [] if self._state is None else state_files(self._state)

@@ -164,6 +164,7 @@ class Run:
         return {
             "bits": all(equal(self.one.weights, p.weights) for p in (self.many, *again)),
             "shardings": shardings[0] == shardings[1],
+            "marks": len({p.marks for p in (self.one, self.many, *again)}) == 1,
         }
 
     def measured(self) -> dict[str, float]:

@@ -209,6 +209,7 @@ def test_calibrate_refuses_early(checkpoint: Path, prompts: Path, tmp_path: Path
         (2, "multiple of 8", (checkpoint, prompts, *out, "--local-block", 12)),
         (2, "such as 0,1:1,2. Got '0,1'", (checkpoint, prompts, *out, "--sinks", "0,1")),
         (2, "offsets of at least 1", (checkpoint, prompts, *out, "--sinks", "0:0")),
+        (2, "below 2^31", (checkpoint, prompts, *out, "--sinks", f"0,{10**20}:1")),
         (2, "which is also PROMPTS", (checkpoint, prompts, "--out", prompts)),
         (2, "which is also --state", (checkpoint, prompts, *out, "--state", tmp_path / "p.json")),
         (2, "which is also --merge", (checkpoint, prompts, *out, "--state", mine, "--merge", mine)),

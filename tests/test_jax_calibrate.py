@@ -33,6 +33,35 @@ def test_what_is_skipped_and_what_is_refused():
         jax_blindsight.calibrate(params, [blind], **by_thresholds)
 
 
+def test_what_is_wrong_with_given_held_out_prompts_shows_before_anything_is_measured(monkeypatch):
+    params = twin("qwen2_5_vl").params
+    good, one = (in_numpy(make_inputs("qwen2_5_vl", [make_ids(n)])) for n in (2, 1))
+    pixels = good["pixel_values"]
+    no_batch, few, nan = (
+        {"input_ids": [1, 2]},
+        good | {"pixel_values": pixels[1:]},
+        good | {"pixel_values": pixels * np.nan},
+    )
+    monkeypatch.setattr(jax_blindsight.calibration, "measure", None)
+    for held_out, message in (
+        ([good, no_batch], r"held-out prompt 1: .* input_ids \[1, N\]. Got \(2,\)"),
+        ([good, few], r"held-out prompt [0-9a-f]{32}: pixel_values must have shape"),
+        ([good, nan], r"held-out prompt [0-9a-f]{32}: the model must answer with numbers. Got NaN"),
+        ([one], r"two images. Got none \(1 prompts held out\)"),
+        (np.float32(1.5), r"share of the prompts in \(0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax_blindsight.calibrate(params, [good], held_out=held_out, **QUIET)
+
+
+def test_prompts_may_be_lists():
+    params = twin("qwen2_5_vl").params
+    prompts = [in_numpy(make_inputs("qwen2_5_vl", [make_ids(2, seed=seed)], seed=seed)) for seed in range(2)]
+    lists = [{name: x.tolist() for name, x in prompt.items()} for prompt in prompts]
+    a, b = (jax_blindsight.calibrate(params, x[:1], held_out=x[1:], **QUIET) for x in (prompts, lists))
+    assert a.summary == b.summary and a.curve == b.curve
+
+
 def test_videos_are_measured():
     model, inputs = twin("qwen2_5_vl"), make_video_inputs([3, 1])
     thresholds = Thresholds(gamma_dense=0.5, gamma_intra=0.6)

@@ -135,6 +135,21 @@ def test_a_row_stops_at_eos_and_the_batch_when_all_have():
         assert (got[b, end:] == whole[b, end]).all()
 
 
+def test_numbers_may_be_of_numpy_and_tokens_of_any_kind():
+    params, inputs = twin("gemma3").params, in_numpy(batch("gemma3"))
+    want = generate(params, inputs, max_new_tokens=3, eos=())
+    stop = want[0, 1]
+    got = generate(params, inputs, max_new_tokens=np.int64(3), eos=stop)
+    np.testing.assert_array_equal(got, generate(params, inputs, max_new_tokens=3, eos=int(stop)))
+    with pytest.raises(ValueError, match=r"logits of the last tokens, \[B, V\]. Got \(2, 67, 96\)"):
+        write(params, sparse_prefill(params, inputs, all_logits=True), max_new_tokens=3)
+    steps = [
+        decode_step(params, tokens, sparse_prefill(params, inputs, capacity=np.int64(70)).cache)[0]
+        for tokens in (jnp.array([5, 6]), [5, 6], torch.tensor([5, 6]))
+    ]
+    assert all(np.array_equal(step, steps[0]) for step in steps)
+
+
 def test_sampling_is_seeded():
     params, inputs = twin("gemma3").params, in_numpy(batch("gemma3"))
     options = dict(max_new_tokens=N_NEW, temperature=1.5, top_k=20, top_p=0.9)

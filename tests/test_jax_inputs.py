@@ -46,6 +46,7 @@ WRONG = {
     "no-mapping": (QWEN, lambda x: [x], "arrays by name. Got a list"),
     "no-ids": (QWEN, lambda x: {"attention_mask": x["attention_mask"]}, "must hold input_ids. Got"),
     "unknown": (QWEN, lambda x: x | {"pixel_value": 1}, "Got pixel_value. Leave it out"),
+    "ragged": (QWEN, lambda x: x | {"input_ids": [[1, 2], [3]]}, "input_ids must be an array, or lists of one shape"),
     "one-row": (QWEN, lambda x: x | {"input_ids": x["input_ids"][0]}, r"integers \[B, N\].*Got int64 \(46,\)"),
     "float-ids": (QWEN, lambda x: x | {"input_ids": x["input_ids"] * 1.0}, "integers .*Got float64"),
     "no-tokens": (QWEN, lambda x: x | {"input_ids": x["input_ids"][:, :0]}, r"at least one. Got int64 \(1, 0\)"),
@@ -97,6 +98,16 @@ WRONG = {
 def test_malformed_inputs(family, change, message):
     with pytest.raises(ValueError, match=message):
         sparse_prefill(twin(family).params, change(prompt(family)))
+
+
+def test_inputs_may_be_lists_and_tensors():
+    config, inputs = twin(QWEN).params.config, make_inputs(QWEN, [make_ids(2)])
+    pixels = inputs["pixel_values"].requires_grad_()
+    for given, want in ((pixels, pixels), (pixels.bfloat16(), pixels.bfloat16().float())):
+        read = read_inputs(config, inputs | {"pixel_values": given})
+        np.testing.assert_array_equal(read.pictures["pixel_values"], want.detach().numpy())
+    read = read_inputs(config, {name: x.tolist() for name, x in inputs.items()})
+    np.testing.assert_array_equal(read.tokens.ids, inputs["input_ids"].numpy())
 
 
 def test_malformed_videos():
@@ -178,6 +189,9 @@ def test_decode_steps_refuse_what_is_not_one_token_a_row(cache):
         (np.array([[9]]), r"integers \[B\].* 1 rows. Got int64 \(1, 1\)"),
         (np.array([9, 9]), r"Got int64 \(2,\)"),
         (np.array([9.0]), "Got float64"),
+        ([9.0], "Got float64"),
+        (np.array([96]), r"tokens must be in \[0, 96\).* Got \[96\]"),
+        ([-1], r"in \[0, 96\).* Got \[-1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             decode_step(params, tokens, cache)
@@ -192,10 +206,12 @@ def test_decode_steps_refuse_what_is_not_one_token_a_row(cache):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(max_new_tokens=0), "max_new_tokens must be at least 1"),
+        (dict(max_new_tokens=0), "max_new_tokens must be an integer of at least 1. Got 0"),
+        (dict(max_new_tokens=2.5), "max_new_tokens must be an integer of at least 1. Got 2.5"),
         (dict(temperature=-1.0), "temperature must be a finite number"),
         (dict(temperature=float("nan")), "temperature must be a finite number"),
-        (dict(temperature=1.0, top_k=0), "top_k must be at least 1"),
+        (dict(temperature=1.0, top_k=0), "top_k must be an integer of at least 1"),
+        (dict(temperature=1.0, top_k=2.5), "top_k must be an integer of at least 1"),
         (dict(temperature=1.0, top_p=0.0), r"top_p must be in \(0, 1\]"),
         (dict(temperature=1.0, top_p=1.5), r"top_p must be in \(0, 1\]"),
         (dict(top_k=3), "with temperature=0"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 
 import tiny_models
-from jax_blindsight import checkpoint
+from jax_blindsight import calibrate, checkpoint
 from jax_blindsight.params import load, save
 from jax_checkpoints import edit_json, save_tiny
 from shared_profiles import Category
@@ -76,6 +78,34 @@ def test_weights_are_on_the_default_device(tiny):
     with jax.default_device(device):
         params = load(tiny[0])
     assert all(x.devices() == {device} and x.committed for x in jax.tree.leaves(params))
+
+
+# The weights that were loaded, or others.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_that_are_cast_or_moved_are_those_that_were_loaded(tiny, dtype):
+    loaded = load(tiny[0], dtype=dtype)
+    for names in itertools.product(("float32", "bfloat16", "float16"), repeat=3):
+        params = loaded
+        for name in names:
+            params = jax.tree.map(lambda x, name=name: x.astype(name), params)
+        params.require_loaded()
+    moved = jax.device_put(pickle.loads(pickle.dumps(loaded)), jax.devices()[0])
+    jax.jit(lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16), p))(moved).require_loaded()
+
+
+@pytest.mark.parametrize("tower", ["decoder", "vision"])
+def test_other_weights_are_another_model(tiny, tmp_path, tower):
+    """Their fingerprint would be that of the old ones, and so their profile and what a state has measured."""
+    params = load(*tiny)
+    tuned = jax.tree.map(lambda x: x + 0.01 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params.weights[tower])
+    other = replace(params, weights=params.weights | {tower: tuned})
+    for use in (lambda: save(other, tmp_path / "saved"), lambda: calibrate(other, [], state=tmp_path / "state.npz")):
+        with pytest.raises(ValueError, match=r"must be those that were loaded: .* Got others .* load that"):
+            use()
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    save(replace(other, marks=frozenset()), tmp_path / "saved")  # as one that was never loaded
 
 
 # Its profile.
@@ -159,6 +189,39 @@ def test_a_folder_in_use_is_left_alone(tiny, tmp_path):
     assert same(params, load(tmp_path / "empty"))
 
 
+def test_a_link_is_followed_and_the_working_folder_is_left_alone(tiny, tmp_path, monkeypatch):
+    params = load(tiny[0])
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (".", tmp_path / "link"):
+        with pytest.raises(ValueError, match="it is the working folder"):
+            save(params, folder)
+    monkeypatch.chdir(tmp_path)
+    save(params, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and same(params, load(tmp_path / "here"))
+
+
+def test_weights_of_no_or_several_dtypes_are_not_saved(tiny, tmp_path):
+    params = load(tiny[0])
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params.weights["decoder"])
+    mixed = replace(params, weights=params.weights | {"decoder": half})
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    for wrong, named in ((mixed, "bfloat16, float32"), (double, "float64")):
+        with pytest.raises(ValueError, match=rf"one dtype, float32, bfloat16, float16\. Got {named}\. Cast all"):
+            save(wrong, tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_hidden_files_beside_the_weights_are_let_be(tiny, tmp_path):
+    params = load(tiny[0])
+    save(params, tmp_path / "saved")
+    for name in (".DS_Store", ".nfs0001"):
+        (tmp_path / "saved" / "weights" / name).write_text("x")
+    assert same(params, load(tmp_path / "saved"))
+
+
 @pytest.mark.parametrize("step", ["weights", "sizes", "name"])
 def test_a_failed_save_leaves_nothing(tiny, tmp_path, monkeypatch, step):
     params = load(tiny[0])
@@ -179,7 +242,7 @@ def test_a_failed_save_leaves_nothing(tiny, tmp_path, monkeypatch, step):
 
 KILLED = """
 import os, sys
-from jax_blindsight import checkpoint
+from jax_blindsight import calibrate, checkpoint
 from jax_blindsight.params import load, save
 params = load(sys.argv[1])
 checkpoint._sizes = lambda folder: os._exit(9)  # weights are written, the process is gone

@@ -81,7 +81,7 @@ def test_the_attention_needs_its_wrapper(qwen):
 
 
 def test_a_split_model_is_saved_whole(qwen):
-    assert qwen["saved"] == {"bits": True, "shardings": True}
+    assert qwen["saved"] == {"bits": True, "shardings": True, "marks": True}
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,10 @@ def test_a_budget_that_buys_nothing_is_marked(kl):
     assert chosen_point(tuned) == CurvePoint(1.0, 0.0, None, 1.0, 3, ("DDD", "DDD"))
 
 
+def test_a_budget_may_be_a_number_of_numpy():
+    assert Budget(np.float32(0.1)) == Budget(np.float64(0.1)) == Budget(0.1)
+
+
 @pytest.mark.parametrize("kl", [-1e-9, math.nan, math.inf, "0.1", True])
 def test_a_budget_refuses(kl):
     with pytest.raises(ValueError, match=r"the budget must be a finite number of nats.* Try 0\.01"):

@@ -102,6 +102,22 @@ def test_a_state_with_held_out_prompts_is_refused_before_anything_is_read(split,
         run(None, split=kinds[split], **again)
 
 
+def test_what_is_wrong_with_a_prompt_names_it():
+    def arrays(prompt):
+        return {"input_ids": np.array([prompt])}
+
+    def refuse(prompt):
+        if prompt == 7:
+            raise ValueError("it is seven")
+
+    (digest,) = by_digest([7])
+    for method in (lambda c: c.learn(refuse, 8), lambda c: c.collect(refuse, SinkTemplate())):
+        with pytest.raises(ValueError, match=rf"^prompt 1 \({digest}\): it is seven"):
+            method(Collector([5, 7], arrays, fingerprint()))
+    with pytest.raises(ValueError, match=r"^prompt 0: it is seven"):
+        Collector([7], refuse, fingerprint()).learn(refuse, 8)
+
+
 def test_sinks_of_held_out_prompts_are_refused(tmp_path):
     """A run that was killed early has learned from more prompts than it measured."""
     path, (prompt_id, prompt) = tmp_path / "old.npz", next(iter(by_digest(range(9)).items()))
