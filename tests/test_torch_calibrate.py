@@ -225,12 +225,14 @@ def test_data_that_shows_nothing(model, family):
 def test_prompts_that_are_none(model, family):
     good = prompts_of(family, 1)[0]
     batch = make_inputs(family, [make_ids(2), make_ids(2)])
-    with pytest.raises(ValueError, match=r"for one prompt, input_ids \[1, N\]. Got \(2, 46\)"):
+    with pytest.raises(ValueError, match=r"for one prompt with return_tensors=.pt., input_ids \[1, N\]. Got \(2, 46\)"):
         calibrate(model, [good, batch], **QUIET)
     with pytest.raises(ValueError, match=r"input_ids \[1, N\]. Got \(46,\)"):
         calibrate(model, [{"input_ids": batch["input_ids"][0]}], **QUIET)
-    with pytest.raises(ValueError, match=r"input_ids \[1, N\]. Got None"):
+    with pytest.raises(ValueError, match=r"input_ids \[1, N\]. Got NoneType"):
         calibrate(model, [{"inputs_embeds": torch.zeros(1, 3, 64)}], **QUIET)
+    with pytest.raises(ValueError, match=r"input_ids \[1, N\]. Got list"):
+        calibrate(model, [good | {"input_ids": good["input_ids"].tolist()}], **QUIET)
     elsewhere = good | {name: good[name].to("meta") for name in ("input_ids", "pixel_values")}
     with pytest.raises(ValueError, match=r"device, cpu. Got input_ids, pixel_values elsewhere: call .to\('cpu'\)"):
         calibrate(model, [elsewhere], **QUIET)

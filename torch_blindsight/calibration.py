@@ -116,7 +116,7 @@ def calibrate(
     chosen = implementation(impl, model, info)
     split: Split[Mapping[str, Any]] | None = None
     if limit is not None:
-        split = _Aside(held_out) if isinstance(held_out, int | float) else _given(model, info, held_out)
+        split = _Aside(held_out) if isinstance(held_out, int | float | np.floating) else _given(model, info, held_out)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -215,10 +215,10 @@ class _Aside(Split[Mapping[str, Any]]):
 def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
     """Refuses what is not one prompt on the model's device."""
     ids = prompt.get("input_ids")
-    if ids is None or ids.ndim != 2 or len(ids) != 1:
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != 1:
         raise ValueError(
-            f"a prompt must be what the processor returns for one prompt, input_ids [1, N]. Got "
-            f"{None if ids is None else tuple(ids.shape)}."
+            "a prompt must be what the processor returns for one prompt with return_tensors='pt', input_ids [1, N]. Got "
+            f"{tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__}."
         )
     if "labels" in prompt:
         raise ValueError("a prompt must be what the processor returns, without labels: nothing is trained. Got labels.")
