@@ -94,8 +94,8 @@ def calibrate(
 
     Raises:
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
-            calibrated on; tokens and model are on different devices; the model is patched, or made in inference mode and
-            to be ranked by the gradient; budget and thresholds; template and local_block; a state is of another model,
+            calibrated on; tokens and model are on different devices; the model is patched, or was made in inference mode
+            and is ranked by the gradient; budget and thresholds; template and local_block; a state is of another model,
             template or rankings, or another run writes it; the processes of a group were given different prompts.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
         OSError: the state cannot be written.
@@ -216,8 +216,8 @@ def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
     ids = prompt.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != 1:
         raise ValueError(
-            "a prompt must be what the processor returns for one prompt with return_tensors='pt', input_ids [1, N]. Got "
-            f"{tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__}."
+            "a prompt must be what the processor returns for one prompt with return_tensors='pt', input_ids [1, N]. "
+            f"Got {tuple(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__}."
         )
     if "labels" in prompt:
         raise ValueError("a prompt must be what the processor returns, without labels: nothing is trained. Got labels.")
