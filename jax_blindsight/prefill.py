@@ -118,7 +118,7 @@ def sparse_prefill(
                 f"a filled cache keeps its capacity of {cache.capacity}. Got capacity={capacity}. Leave it out."
             )
         cache.require_room(n)
-        tokens, q_start = cache.tokens(config.special).followed_by(prompt.tokens), cache.length
+        tokens, q_start = cache.tokens(config.special).followed_by(prompt.tokens, config.special), cache.length
         slots = cache.capacity
     layouts = tokens.layouts(config)
     categories, template, how = _choose(params, layouts, q_start, dense)
@@ -146,14 +146,17 @@ def sparse_prefill(
             mesh=mesh,
         )[0]
 
-    positions, next_position = tokens.positions(config)
+    positions, next_position, next_piece = prompt.tokens.positions(config)
+    if cache is not None:
+        positions, next_piece = positions + cache.next_piece[:, None], next_piece + cache.next_piece
+        next_position = np.maximum(next_position + cache.next_piece, cache.next_position)
     embeddings = embed_prompt(params, prompt, n_queries)
-    hidden = run_layers(params, embeddings, pad_last(positions[..., q_start:], n_queries), attend_layer)
+    hidden = run_layers(params, embeddings, pad_last(positions, n_queries), attend_layer)
     rows = _wanted_rows(prompt, n_queries) if all_logits else np.full((len(prompt.given), 1), n - 1, np.int32)
     logits = _unembed(params.weights, hidden, rows, config=config)
     logits = logits[:, :n] if all_logits else logits[:, 0]
     keys, values = zip(*filled, strict=True)
-    return Prefilled(logits, Cache(keys, values, q_start + n, next_position, tokens), how, chosen)
+    return Prefilled(logits, Cache(keys, values, q_start + n, next_position, next_piece, tokens), how, chosen)
 
 
 def _capacity(asked: int | None, n: int) -> int:
@@ -259,7 +262,7 @@ def embed_prompt(params: Params, prompt: Prompt, n_queries: int) -> Array:
 
 def feature_places(config: ModelConfig, tokens: Tokens) -> np.ndarray:
     """Row of the image features that each token takes, `[B, N]` int32, -1 for text."""
-    is_picture = np.isin(tokens.ids, [x for x in (config.special.image, config.special.video) if x is not None])
+    is_picture = np.isin(tokens.ids, config.special.placeholders)
     is_picture &= tokens.valid
     place = np.cumsum(is_picture.reshape(-1)).reshape(is_picture.shape) - 1
     return np.where(is_picture, place, -1).astype(np.int32)

@@ -55,9 +55,9 @@ def hidden_of(config: ModelConfig, weights: Any, inputs: dict[str, torch.Tensor]
     arrays = {name: x.numpy() for name, x in inputs.items()}
     ids, valid = arrays["input_ids"], arrays["attention_mask"] != 0
     videos = arrays.get("video_grid_thw")
-    positions, _ = rope_positions(config, ids, valid, arrays.get("image_grid_thw"), videos)
+    positions, *_ = rope_positions(config, ids, valid, arrays.get("image_grid_thw"), videos)
     masks = masks_of(config, ids, valid, [] if videos is None else videos[:, 0].tolist())
-    is_picture = np.isin(ids, [x for x in (config.special.image, config.special.video) if x is not None])
+    is_picture = np.isin(ids, config.special.placeholders)
     place = np.cumsum(is_picture).reshape(ids.shape) - 1
 
     @jax.jit

@@ -109,6 +109,23 @@ def test_videos(family):
     expected.check(done.logits)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_pieces_with_videos_are_the_whole(family):
+    """Text counts on from a video's side, not from its time, across a border as well."""
+    model, inputs = twin(family), make_video_inputs([7, 2])
+    expected, given = model.expect(inputs, model.params.profile), in_numpy(inputs)
+    logits, cache = [], None
+    parts = np.split(given["input_ids"], [3 + 7 * IMAGE_TOKENS + 3, -1], axis=1)
+    pixels = np.split(given["pixel_values_videos"], [64 * 7, 64 * 9])
+    for part, patches, groups in zip(parts, pixels, (7, 2, 0), strict=True):
+        video = dict(pixel_values_videos=patches, video_grid_thw=np.array([[groups, 8, 8]]))
+        piece = dict(input_ids=part) | (video if groups else {})
+        options = OPTIONS if cache is None else dict(all_logits=True)
+        done = sparse_prefill(model.params, piece, cache=cache, **options)
+        logits, cache = [*logits, done.logits], done.cache
+    expected.check(np.concatenate(logits, axis=1))
+
+
 def test_twenty_prompts_of_one_bucket_compile_once(monkeypatch):
     """Other lengths, other images for a row (six in all: their patches are one bucket), other padding."""
     params, traces = twin("qwen2_5_vl").params, []
