@@ -31,7 +31,9 @@ class Cache:
     Attributes:
         keys, values: one array per layer, `[B, K, S, D]`, rotary position applied; slots from `length` on are unset.
         length: slots in use.
-        next_position: `[B]` int32, the rotary position of each row's next token.
+        next_position: `[B]` int32, the rotary position of the token that the model writes next.
+        next_piece: `[B]` int32, that from which a further prefill counts: after a written token the same, but the rest
+            of a prompt with a video may begin earlier, see `positions.py`.
         prefilled: the tokens that prefills brought.
         written: one array `[B]` per decode step since.
     """
@@ -40,6 +42,7 @@ class Cache:
     values: tuple[jax.Array, ...]
     length: int
     next_position: np.ndarray
+    next_piece: np.ndarray
     prefilled: Tokens
     written: tuple[jax.Array | np.ndarray, ...] = ()
 
@@ -63,8 +66,8 @@ class Cache:
         if not self.written:
             return self.prefilled
         ids = np.stack([np.asarray(x) for x in self.written], axis=1).astype(np.int64)  # [B, n]
-        ids[np.isin(ids, [x for x in (special.image, special.video) if x is not None])] = WRITTEN_PLACEHOLDER
-        return self.prefilled.followed_by(Tokens.text(ids))
+        ids[np.isin(ids, special.placeholders)] = WRITTEN_PLACEHOLDER
+        return self.prefilled.followed_by(Tokens.text(ids), special)
 
     def require_room(self, n: int) -> None:
         """Demands that `n` more tokens can be written.
@@ -93,5 +96,6 @@ class Cache:
             values=values,
             length=self.length + 1,
             next_position=self.next_position + 1,
+            next_piece=self.next_position + 1,
             written=(*self.written, tokens),
         )

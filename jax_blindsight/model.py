@@ -12,14 +12,14 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jax_blindsight.config import ModelConfig, QwenVisionConfig, TextConfig
 from jax_blindsight.decoder import Attend, Decoder, DecoderLayer
 from jax_blindsight.layers import Rotation
-from jax_blindsight.vision_inputs import VisionInputs
+from jax_blindsight.vision_blocks import VisionBlock
+from jax_blindsight.vision_inputs import Segments, VisionInputs
 from jax_blindsight.vision_qwen import QwenVision
 from jax_blindsight.vision_siglip import SiglipVision
 
@@ -55,6 +55,18 @@ def _layer_graph(config: TextConfig) -> nnx.GraphDef:
     return nnx.split(nnx.eval_shape(lambda: DecoderLayer(config)))[0]
 
 
+def _qwen_tower(weights: Weights, config: ModelConfig) -> QwenVision:
+    tower = _merge(weights, config).vision
+    assert isinstance(tower, QwenVision)
+    return tower
+
+
+@lru_cache
+def _vision_graph(config: ModelConfig) -> nnx.GraphDef:
+    """The graph of one block of the vision tower; all have the same."""
+    return nnx.split(nnx.eval_shape(lambda: VisionBlock(config.vision)))[0]
+
+
 def abstract_weights(config: ModelConfig, dtype: Any) -> Weights:
     """The weights that a model of this configuration has: nested dicts of `jax.ShapeDtypeStruct`."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _split(config)[1])
@@ -65,9 +77,24 @@ def embed_tokens(weights: Weights, config: ModelConfig, ids: Array) -> Array:
     return _merge(weights, config).decoder.embed(ids)
 
 
-def encode_images(weights: Weights, config: ModelConfig, vision: VisionInputs) -> Array:
+def encode_siglip(weights: Weights, config: ModelConfig, vision: VisionInputs) -> Array:
     """Features `[n_padded_tokens, E]` of the placeholders in prompt order; rows beyond the last one mean nothing."""
-    return _merge(weights, config).vision(vision)[jnp.asarray(vision.order)]
+    return _merge(weights, config).vision(vision)[vision.order]
+
+
+def begin_vision(weights: Weights, config: ModelConfig, pixels: Array, coordinates: Array) -> tuple[Array, Rotation]:
+    """What the blocks of Qwen's tower read, of `VisionInputs`: patches `[P, width]`, and their rotation."""
+    return _qwen_tower(weights, config).begin(pixels, coordinates)
+
+
+def vision_block(weights: Weights, config: ModelConfig, x: Array, segments: Segments, by: Rotation) -> Array:
+    """One block of Qwen's tower, `[P, width]` to the same; `weights["vision"]["blocks"][i]` are its weights."""
+    return nnx.merge(_vision_graph(config), weights)(x, segments, by)
+
+
+def end_vision(weights: Weights, config: ModelConfig, x: Array, order: Array) -> Array:
+    """What the blocks of Qwen's tower gave, `[P, width]`, to features `[n_padded_tokens, E]` in the given order."""
+    return _qwen_tower(weights, config).merger(x)[order]
 
 
 def decode(weights: Weights, config: ModelConfig, hidden: Array, positions: Array, attend: Attend) -> Array:

@@ -7,6 +7,9 @@ token; what follows counts on from the box's longer side. Gemma 3's images count
     temporal   0 1  2  3 3 3 3  5  6
     row        0 1  2  3 3 4 4  5  6
     column     0 1  2  3 4 3 4  5  6
+
+A video's time may run beyond what follows it. The rest of the prompt counts on from the box's side all the same; a
+token that the model writes stands one after the highest position so far, and a later turn follows on from there.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ def rope_positions(
     image_grids: np.ndarray | None = None,
     video_grids: np.ndarray | None = None,
     second_per_grid: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of every token of a batch of whole prompts.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions of every token of a batch of prompts, or of what goes on from others, from 0.
 
     Args:
         config: the model.
@@ -38,7 +41,8 @@ def rope_positions(
 
     Returns:
         positions: int32, 0 at padding: mRoPE `[3, B, N]` (temporal, row, column), or `[B, N]` for Gemma 3.
-        next_position: `[B]` int32, the position of the token after each row.
+        next_position: `[B]` int32, of the token that the model writes after each row.
+        next_piece: `[B]` int32, of the first token of what else the prompt holds.
 
     Raises:
         ValueError: grids that do not match the placeholders.
@@ -46,21 +50,22 @@ def rope_positions(
     ids, valid = np.asarray(ids), np.asarray(valid) != 0
     if not isinstance(config.vision, QwenVisionConfig):
         positions = np.where(valid, valid.cumsum(axis=-1) - 1, 0).astype(np.int32)
-        return positions, valid.sum(axis=-1).astype(np.int32)
+        n_tokens = valid.sum(axis=-1).astype(np.int32)
+        return positions, n_tokens, n_tokens
     special = config.special
     kinds = np.where(ids == special.image, 1, np.where(ids == special.video, 2, 0))
     images = _spans(config.vision.merge, image_grids, 1, None)  # a still image has no time
     videos = _spans(config.vision.merge, video_grids, config.vision.tokens_per_second, second_per_grid)
     positions = np.zeros((3, *ids.shape), np.int32)
-    next_position = np.zeros(len(ids), np.int32)
+    next_position, next_piece = np.zeros((2, len(ids)), np.int32)
     for b, (row, real) in enumerate(zip(kinds, valid, strict=True)):
-        row_positions = _row_positions(row[real], images, videos)
+        row_positions, next_piece[b] = _row_positions(row[real], images, videos)
         positions[:, b, real] = row_positions
         next_position[b] = row_positions.max(initial=-1) + 1
     for name, left in (("image_grids", images), ("video_grids", videos)):
         if (more := sum(1 for _ in left)) > 0:
             raise ValueError(f"{name} must have one row per run of placeholders in ids. Got {more} rows too many.")
-    return positions, next_position
+    return positions, next_position, next_piece
 
 
 def _spans(
@@ -80,8 +85,11 @@ def _spans(
 
 def _row_positions(
     kinds: np.ndarray, images: Iterator[tuple[np.ndarray, int]], videos: Iterator[tuple[np.ndarray, int]]
-) -> np.ndarray:
-    """Positions `[3, n]` of one row without padding; kinds are 0 for text, 1 for image and 2 for video tokens."""
+) -> tuple[np.ndarray, int]:
+    """Positions `[3, n]` of one row without padding, and from where it counts on.
+
+    Kinds are 0 for text, 1 for image and 2 for video tokens.
+    """
     positions = np.zeros((3, len(kinds)), np.int32)
     edges = np.flatnonzero(np.diff(kinds, prepend=-1, append=-1))
     start = 0
@@ -99,4 +107,4 @@ def _row_positions(
                 )
         positions[:, first:last] = start + span
         start += advance
-    return positions
+    return positions, start

@@ -8,7 +8,8 @@ What is compiled, and when. Every program is compiled once for its shapes, and s
 the same buckets compiles nothing; nor does another profile, or running dense: the categories of heads are data, and the
 layers share their programs, however many there are.
 
-* the vision tower: per bucket of patches;
+* the vision tower: per bucket of patches, one program for all its blocks, or two where some attend within windows
+  (Gemma's tower: one, per power of two of images);
 * embedding: per buckets of tokens and of features;
 * the two halves of a layer, and the logits: per bucket of tokens and batch size;
 * the attention: the same, per sizes of its work (powers of two of images and packed keys), for each different window of
@@ -30,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jax_blindsight.attention import attend
 from jax_blindsight.buckets import bucket
@@ -38,11 +39,12 @@ from jax_blindsight.cache import Cache
 from jax_blindsight.config import ModelConfig
 from jax_blindsight.implementations import Name, build_work, implementation
 from jax_blindsight.inputs import Prompt, read_inputs
-from jax_blindsight.model import embed_tokens, encode_images, final_norm, unembed
+from jax_blindsight.model import embed_tokens, final_norm, unembed
 from jax_blindsight.params import Params
 from jax_blindsight.sharding import DATA, check_batch, sharded_rows
 from jax_blindsight.stack import run_layers
 from jax_blindsight.tokens import Tokens
+from jax_blindsight.tower import encode_images
 from jax_blindsight.vision_inputs import prepare_vision
 from jax_blindsight.work import AttentionWork
 from shared_profiles import Category, Layout, SinkTemplate
@@ -118,7 +120,7 @@ def sparse_prefill(
                 f"a filled cache keeps its capacity of {cache.capacity}. Got capacity={capacity}. Leave it out."
             )
         cache.require_room(n)
-        tokens, q_start = cache.tokens(config.special).followed_by(prompt.tokens), cache.length
+        tokens, q_start = cache.tokens(config.special).followed_by(prompt.tokens, config.special), cache.length
         slots = cache.capacity
     layouts = tokens.layouts(config)
     categories, template, how = _choose(params, layouts, q_start, dense)
@@ -146,14 +148,17 @@ def sparse_prefill(
             mesh=mesh,
         )[0]
 
-    positions, next_position = tokens.positions(config)
+    positions, next_position, next_piece = prompt.tokens.positions(config)
+    if cache is not None:
+        positions, next_piece = positions + cache.next_piece[:, None], next_piece + cache.next_piece
+        next_position = np.maximum(next_position + cache.next_piece, cache.next_position)
     embeddings = embed_prompt(params, prompt, n_queries)
-    hidden = run_layers(params, embeddings, pad_last(positions[..., q_start:], n_queries), attend_layer)
+    hidden = run_layers(params, embeddings, pad_last(positions, n_queries), attend_layer)
     rows = _wanted_rows(prompt, n_queries) if all_logits else np.full((len(prompt.given), 1), n - 1, np.int32)
     logits = _unembed(params.weights, hidden, rows, config=config)
     logits = logits[:, :n] if all_logits else logits[:, 0]
     keys, values = zip(*filled, strict=True)
-    return Prefilled(logits, Cache(keys, values, q_start + n, next_position, tokens), how, chosen)
+    return Prefilled(logits, Cache(keys, values, q_start + n, next_position, next_piece, tokens), how, chosen)
 
 
 def _capacity(asked: int | None, n: int) -> int:
@@ -214,10 +219,11 @@ def layer_work(
     """
     text, mesh = params.config.text, params.mesh
     if mesh is None:
-        n_shards, place = None, _table(params).sharding
+        n_shards = None
     else:
         check_batch(mesh, len(layouts))
-        n_shards, place = mesh.shape[DATA], NamedSharding(mesh, PartitionSpec(DATA))
+        n_shards = mesh.shape[DATA]
+    place = _place(params, PartitionSpec(DATA))
     sizes: dict[str, Any] = dict(q_start=q_start, n_queries=n_queries, n_keys=n_keys)
     options: dict[str, Any] = dict(
         head_dim=text.head_dim, dense=[layout.n_images < 2 for layout in layouts], n_shards=n_shards
@@ -231,6 +237,11 @@ def layer_work(
 def _table(params: Params) -> Array:
     """The embeddings, for where the weights are and what they are like."""
     return params.weights["decoder"]["embed_tokens"]["embedding"]
+
+
+def _place(params: Params, over_mesh: PartitionSpec) -> Sharding:
+    """Where arrays go that meet the weights."""
+    return _table(params).sharding if params.mesh is None else NamedSharding(params.mesh, over_mesh)
 
 
 def pad_last(array: np.ndarray, n: int) -> np.ndarray:
@@ -252,22 +263,17 @@ def embed_prompt(params: Params, prompt: Prompt, n_queries: int) -> Array:
     if not prompt.pictures:
         return _embed(params.weights, ids, None, None, **static)
     vision = prepare_vision(params.config, {"input_ids": prompt.tokens.ids, **prompt.pictures})
-    features = _encode(params.weights, vision, config=params.config)
+    features = encode_images(params.weights, params.config, jax.device_put(vision, _place(params, PartitionSpec())))
     place = feature_places(params.config, prompt.tokens)
     return _embed(params.weights, ids, features, pad_last(place + 1, n_queries) - 1, **static)
 
 
 def feature_places(config: ModelConfig, tokens: Tokens) -> np.ndarray:
     """Row of the image features that each token takes, `[B, N]` int32, -1 for text."""
-    is_picture = np.isin(tokens.ids, [x for x in (config.special.image, config.special.video) if x is not None])
+    is_picture = np.isin(tokens.ids, config.special.placeholders)
     is_picture &= tokens.valid
     place = np.cumsum(is_picture.reshape(-1)).reshape(is_picture.shape) - 1
     return np.where(is_picture, place, -1).astype(np.int32)
-
-
-@partial(jax.jit, static_argnames="config")
-def _encode(weights: Any, vision: Any, *, config: ModelConfig) -> Array:
-    return encode_images(weights, config, vision)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))

@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_blindsight.config import ModelConfig
 from jax_blindsight.positions import rope_positions
-from shared_profiles import Layout
+from shared_profiles import Layout, SpecialTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Tokens:
         """`[B, N]` bool, False for padding."""
         return np.arange(self.ids.shape[1]) >= self.start[:, None]
 
-    def followed_by(self, more: Tokens) -> Tokens:
+    def followed_by(self, more: Tokens, special: SpecialTokens) -> Tokens:
         """These tokens, then more.
 
         Raises:
@@ -78,6 +78,12 @@ class Tokens:
             raise ValueError(
                 "what follows a filled cache must have no padding, or there would be holes in the cache. Got "
                 f"{more.start.tolist()} padding tokens. Give all rows one length, or go on row by row."
+            )
+        border = self.ids[:, -1], more.ids[:, 0]
+        if (np.isin(border[0], special.placeholders) & (border[0] == border[1])).any():
+            raise ValueError(
+                "an image must end with the piece that it is in. Got pieces whose border has placeholders on both "
+                "sides. Keep every image's delimiters, and cut between images."
             )
         return Tokens(
             np.concatenate([self.ids, more.ids], axis=1),
@@ -103,7 +109,7 @@ class Tokens:
             for ids, valid, grids in zip(self.ids, self.valid, self.grids, strict=True)
         ]
 
-    def positions(self, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
-        """Rotary positions, mRoPE `[3, B, N]` or `[B, N]`, and `[B]` those of the next tokens; int32."""
+    def positions(self, config: ModelConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rotary positions from 0, mRoPE `[3, B, N]` or `[B, N]`, and how they go on, see `rope_positions`."""
         images, videos, seconds = (np.concatenate(x) for x in zip(*(vars(g).values() for g in self.grids), strict=True))
         return rope_positions(config, self.ids, self.valid, images, videos, seconds)

@@ -20,7 +20,7 @@ from jax_blindsight.layers import (
     precision,
     rotate,
 )
-from jax_blindsight.vision_inputs import BlockGroup, Segments
+from jax_blindsight.vision_inputs import Segments
 
 
 def segment_attention(q: Array, k: Array, v: Array, segments: Segments) -> Array:
@@ -33,34 +33,46 @@ def segment_attention(q: Array, k: Array, v: Array, segments: Segments) -> Array
     Returns:
         `[P, H, D]`; padding patches get the result of another patch.
     """
-    rows = [_group_attention(q, k, v, group) for group in segments.groups]
-    return jnp.concatenate(rows)[segments.slot]
+    n_heads, n_patches, head_dim = q.shape
+    rows, tile, high = segments.rows, segments.tile, precision(q.dtype)
+    blocks = segments.query_start, segments.key_start, segments.n_tiles
+    patches = segments.first, segments.last
+
+    def attend(i: Array, out: Array) -> Array:
+        query_start, key_start, n_tiles = (lax.dynamic_slice_in_dim(x, i, segments.step) for x in blocks)  # [S]
+        queries = _slices(q, query_start, rows, axis=1)  # [S, H, rows, D]
+        first, last = (_slices(jnp.asarray(x), query_start, rows)[..., None] for x in patches)
+
+        def take(t: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            total, highest, weight = state
+            begin = key_start + t * tile
+            start = jnp.minimum(begin, n_patches - tile)  # the last slice begins earlier, but sees no key twice
+            some_k, some_v = (_slices(x, start, tile, axis=1) for x in (k, v))
+            key = (start[:, None] + jnp.arange(tile))[:, None]  # [S, 1, tile]
+            seen = (key >= jnp.maximum(first, begin[:, None, None])) & (key < last)  # [S, rows, tile]
+            scores = jnp.einsum("shqd,shkd->shqk", queries, some_k, precision=high, preferred_element_type=FLOAT32)
+            scores = jnp.where(seen[:, None], scores * head_dim**-0.5, NEGATIVE)
+            risen = jnp.maximum(highest, scores.max(axis=-1))
+            weights, kept = jnp.exp(scores - risen[..., None]), jnp.exp(highest - risen)
+            added = jnp.einsum(
+                "shqk,shkd->shqd", weights.astype(v.dtype), some_v, precision=high, preferred_element_type=FLOAT32
+            )
+            return total * kept[..., None] + added, risen, weight * kept + weights.sum(axis=-1)
+
+        lines = (segments.step, n_heads, rows)
+        none = jnp.zeros((*lines, head_dim), FLOAT32), jnp.full(lines, NEGATIVE, FLOAT32), jnp.zeros(lines, FLOAT32)
+        total, _, weight = lax.fori_loop(0, n_tiles[0], take, none)
+        done = (total / weight[..., None]).astype(q.dtype).swapaxes(1, 2)
+        return lax.dynamic_update_slice_in_dim(out, done, i, axis=0)
+
+    out = jnp.zeros((len(segments.query_start), rows, n_heads, head_dim), q.dtype)
+    out = lax.fori_loop(0, segments.n_steps, lambda i, out: attend(i * segments.step, out), out)
+    return out.reshape(-1, n_heads, head_dim)[segments.slot]
 
 
-def _group_attention(q: Array, k: Array, v: Array, group: BlockGroup) -> Array:
-    """The rows of all blocks of a group, `[n * rows, H, D]`."""
-    n_heads, _, head_dim = q.shape
-    high = precision(q.dtype)
-
-    def block(starts: tuple[Array, Array, Array, Array]) -> Array:
-        query_start, key_start, key_first, key_last = starts
-        q_block = lax.dynamic_slice_in_dim(q, query_start, group.rows, axis=1)
-        k_block, v_block = (lax.dynamic_slice_in_dim(x, key_start, group.width, axis=1) for x in (k, v))
-        scores = jnp.einsum("hqd,hkd->hqk", q_block, k_block, precision=high, preferred_element_type=FLOAT32)
-        slot = jnp.arange(group.width)
-        scores = jnp.where((slot >= key_first) & (slot < key_last), scores * head_dim**-0.5, NEGATIVE)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("hqk,hkd->qhd", weights, v_block, precision=high, preferred_element_type=FLOAT32)
-        return out.astype(q.dtype)
-
-    starts = (group.query_start, group.key_start, group.key_first, group.key_last)
-
-    def step(i: Array, out: Array) -> Array:
-        some = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * group.step, group.step), starts)
-        return lax.dynamic_update_slice_in_dim(out, jax.vmap(block)(some), i * group.step, axis=0)
-
-    out = jnp.zeros((len(group.query_start), group.rows, n_heads, head_dim), q.dtype)
-    return lax.fori_loop(0, group.n_steps, step, out).reshape(-1, n_heads, head_dim)
+def _slices(x: Array, starts: Array, n: int, axis: int = 0) -> Array:
+    """A slice of length n from each start, `[len(starts), ...]`."""
+    return jax.vmap(lambda start: lax.dynamic_slice_in_dim(x, start, n, axis))(starts)
 
 
 class VisionAttention(nnx.Module):

@@ -2,12 +2,16 @@
 
 Patches attend within segments (a frame, or a window of one), which lie one after another:
 
-    patches     a a a a a b b b c c c c c c .      segments a, b, c, then padding up to the bucket
-    blocks     |a a a a|a . . .|b b b .|c c c c|c c . .|      queries, at most `rows` of one segment
-    keys       |a a a a a . . .| ... |c c c c c c . .|        the whole segment, `width` slots
+    patches     a a a a a a b b c d d d d .      segments a, b, c, d, then padding up to the bucket
+    blocks     |a a a a|a a b b|c . . .|d d d d|      queries, at most `rows`; only long segments are cut
+    keys        a a a a|a a
+                a a a a|a a b b                       its segments, in tiles of `tile`; each row sees its own alone
+                c . . .
+                d d d d
 
-A block's scores are `rows x width`, so memory grows with the number of patches and never with its square. Segments of
-one octave of lengths share a width: one big image among many small ones does not make these as costly.
+A block's scores are taken tile by tile, so memory grows with the number of patches and never with its square. Blocks of
+a similar number of tiles are computed together, and only the real ones: how many blocks and tiles there are is data,
+and all shapes follow from the bucket of patches alone.
 """
 
 from __future__ import annotations
@@ -21,48 +25,37 @@ import numpy as np
 
 from jax_blindsight.buckets import bucket, power_of_two
 from jax_blindsight.config import ModelConfig, QwenVisionConfig, SiglipVisionConfig
-from shared_profiles.layout import concatenated_ranges
 
-BLOCK_ROWS = 128
-MIN_BLOCKS, MIN_IMAGES = 32, 4  # so that prompts of few small images share one size
-SCORES_PER_STEP = 2**20  # about how many scores of a head are computed at once
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class BlockGroup:
-    """Query blocks whose segments fit one width, padded to a power of two; only the real ones are computed.
-
-    Attributes:
-        n_steps: int32, how many times `step` blocks are computed.
-        query_start: `[n]` int32, the first of the block's `rows` patches.
-        key_start: `[n]` int32, the first of its `width` patches.
-        key_first, key_last: `[n]` int32, its keys are `[key_first, key_last)` of these.
-        rows, width, step: sizes of a block, and how many are computed at once; n is a multiple of it.
-    """
-
-    n_steps: np.ndarray
-    query_start: np.ndarray
-    key_start: np.ndarray
-    key_first: np.ndarray
-    key_last: np.ndarray
-    rows: int = field(metadata=dict(static=True))
-    width: int = field(metadata=dict(static=True))
-    step: int = field(metadata=dict(static=True))
+ROWS, TILE = 128, 256  # queries of a block and keys of a tile, of segments that have no smaller bound
+MIN_IMAGES = 4  # so that prompts of few images share one size
+SCORES_PER_STEP = 2**20  # about how many scores of a head are computed at once, at most
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """How patches attend within their segments.
+    """How patches attend within their segments: query blocks, those of most tiles first.
 
     Attributes:
-        groups: the query blocks, by width.
-        slot: `[P]` int32, where each patch stands among the rows of all blocks, one group after the other.
+        n_steps: int32, how many times `step` blocks are computed; those beyond have no real rows.
+        query_start: `[n]` int32, the first of the block's `rows` patches.
+        key_start: `[n]` int32, the first patch of its segments.
+        n_tiles: `[n]` int32, how many tiles from there reach their end.
+        first, last: `[P]` int32, each patch's segment is `[first, last)`.
+        slot: `[P]` int32, where each patch stands among the rows of all blocks.
+        rows, tile, step: sizes of a block and of a tile, and how many blocks are computed at once; n is a multiple.
     """
 
-    groups: tuple[BlockGroup, ...]
+    n_steps: np.ndarray
+    query_start: np.ndarray
+    key_start: np.ndarray
+    n_tiles: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
     slot: np.ndarray
+    rows: int = field(metadata=dict(static=True))
+    tile: int = field(metadata=dict(static=True))
+    step: int = field(metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -136,7 +129,7 @@ def _prepare_qwen(config: ModelConfig, vision: QwenVisionConfig, inputs: Mapping
     if window:
         tokens, lengths = window_order(grids // [1, vision.merge, vision.merge], side)
         rows = (tokens[:, None] * vision.merge_unit + np.arange(vision.merge_unit)).reshape(-1)
-        windows = segments(lengths * vision.merge_unit, n_padded, width=window)
+        windows = segments(lengths * vision.merge_unit, n_padded, rows=window, tile=window)
         order = np.argsort(tokens).astype(np.int32)[order]
     frames = segments(np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0]), n_padded)
     pixels = np.zeros((n_padded, vision.patch_features), np.float32)
@@ -188,46 +181,53 @@ def window_order(grids: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(tokens), np.concatenate(lengths)
 
 
-def segments(lengths: np.ndarray, n_padded: int, *, width: int | None = None) -> Segments:
+def segments(lengths: np.ndarray, n_padded: int, rows: int = ROWS, tile: int = TILE) -> Segments:
     """Cuts segments that lie one after another into query blocks.
 
     Args:
         lengths: `[n]`, positive: patches of each segment.
-        n_padded: length of the padded patch array, at least that of the longest segment's bucket.
-        width: key slots of every block. Default: the bucket of the longest segment within each octave of lengths.
+        n_padded: length of the padded patch array.
+        rows: of a block, at most.
+        tile: keys of a tile, at most.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    starts = np.cumsum(lengths) - lengths
-    octave = np.zeros_like(lengths) if width else np.ceil(np.log2(np.maximum(lengths, BLOCK_ROWS))).astype(np.int64)
-    slot, groups, n_rows = np.zeros(n_padded, np.int32), [], 0
-    for which in np.unique(octave):
-        mine = octave == which
-        group, slots = _group(starts[mine], lengths[mine], n_padded, width or bucket(int(lengths[mine].max())))
-        slot[concatenated_ranges(starts[mine], starts[mine] + lengths[mine])] = n_rows + slots
-        n_rows += len(group.query_start) * group.rows
-        groups.append(group)
-    return Segments(tuple(groups), slot)
+    lengths, rows, tile = np.asarray(lengths, dtype=np.int64), min(rows, n_padded), min(tile, n_padded)
+    stop = np.cumsum(lengths)
+    starts = stop - lengths
+    begin, end, key_start, key_end = np.array(_blocks(lengths.tolist(), rows)).T
+    # Two blocks in a row hold more than `rows` patches together, else they would be one.
+    most = 2 * (n_padded // (rows + 1)) + 1
+    step = max(1, min(most // 4, SCORES_PER_STEP // (rows * tile)))
+    step = power_of_two(step + 1) // 2
+    n = -(-most // step) * step
+
+    n_tiles = -(-(key_end - key_start) // tile)
+    order = np.argsort(-n_tiles, kind="stable")
+    query_start = np.minimum(begin, n_padded - rows)  # a slice may not reach beyond the array
+    rank = np.argsort(order)
+    slot = np.arange(stop[-1]) + np.repeat(rank * rows - query_start, end - begin)
+    query_start, key_start, n_tiles = (_pad(x[order].astype(np.int32), n) for x in (query_start, key_start, n_tiles))
+    bounds = np.repeat([starts, stop], lengths, axis=1)
+    first, last, slot = (_pad(x.astype(np.int32), n_padded) for x in (*bounds, slot))
+    n_steps = np.array(-(-len(order) // step), dtype=np.int32)
+    return Segments(n_steps, query_start, key_start, n_tiles, first, last, slot, rows, tile, step)
 
 
-def _group(starts: np.ndarray, lengths: np.ndarray, n_padded: int, width: int) -> tuple[BlockGroup, np.ndarray]:
-    """The blocks of some segments, and the slot of each of their patches among the group's rows."""
-    rows = min(BLOCK_ROWS, width)
-    n_blocks = -(-lengths // rows)
-    offset = concatenated_ranges(np.zeros_like(n_blocks), n_blocks) * rows  # of each block in its segment
-    start, length = np.repeat(starts, n_blocks), np.repeat(lengths, n_blocks)
-    # A slice may not reach beyond the array, so the last ones begin earlier.
-    query_start = np.minimum(start + offset, n_padded - rows)
-    key_start = np.minimum(start, n_padded - width)
-    patches = concatenated_ranges(start + offset, np.minimum(start + offset + rows, start + length))
-    block = np.repeat(np.arange(len(start)), np.minimum(length - offset, rows))
-    slots = block * rows + patches - query_start[block]
+def _blocks(lengths: list[int], rows: int) -> list[tuple[int, int, int, int]]:
+    """The patches `[begin, end)` of every block, and those of all its segments.
 
-    n = power_of_two(max(len(start), MIN_BLOCKS))
-    step = min(n, power_of_two(max(SCORES_PER_STEP // (rows * width), 1)))
-    columns = (query_start, key_start, start - key_start, start - key_start + length)
-    n_steps = np.array(-(-len(start) // step), dtype=np.int32)
-    query_start, key_start, key_first, key_last = (_pad(x.astype(np.int32), n) for x in columns)
-    return BlockGroup(n_steps, query_start, key_start, key_first, key_last, rows, width, step), slots
+    A segment that does not fit into what is left of a block begins the next.
+    """
+    blocks, begin, end, key_start = [], 0, 0, 0
+    for n in lengths:
+        if end - begin + n > rows and end > begin:
+            blocks.append((begin, end, key_start, end))
+            begin = key_start = end
+        stop = end + n
+        while stop - begin > rows:
+            blocks.append((begin, begin + rows, key_start, stop))
+            begin += rows
+        end = stop
+    return [*blocks, (begin, end, key_start, end)]
 
 
 def _patches(

@@ -5,14 +5,12 @@ Qwen2-VL attends within frames; Qwen2.5-VL in most blocks within windows of them
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jax_blindsight.config import QwenVisionConfig
-from jax_blindsight.layers import FLOAT32, MLP, LayerNorm, Linear, RMSNorm, inverse_frequencies, rotation
+from jax_blindsight.layers import FLOAT32, MLP, LayerNorm, Linear, RMSNorm, Rotation, inverse_frequencies, rotation
 from jax_blindsight.vision_blocks import VisionBlock
-from jax_blindsight.vision_inputs import VisionInputs
 
 
 class PatchMerger(nnx.Module):
@@ -30,7 +28,10 @@ class PatchMerger(nnx.Module):
 
 
 class QwenVision(nnx.Module):
-    """Patch embedding, blocks and merger. The patch kernel is `[channels * frames * rows * columns, width]`."""
+    """Patch embedding, blocks and merger; `tower.encode_images` runs them.
+
+    The patch kernel is `[channels * frames * rows * columns, width]`.
+    """
 
     def __init__(self, config: QwenVisionConfig, n_out: int) -> None:
         self.patch_embed = Linear(config.patch_features, config.hidden_size)
@@ -38,14 +39,9 @@ class QwenVision(nnx.Module):
         self.merger = PatchMerger(config, n_out)
         self.config = config
 
-    def __call__(self, vision: VisionInputs) -> Array:
-        """Tokens `[P / merge_unit, n_out]` in the order of the patches."""
-        assert vision.coordinates is not None and vision.frames is not None
-        x = self.patch_embed(jnp.asarray(vision.pixels, self.patch_embed.kernel.dtype))
+    def begin(self, pixels: Array, coordinates: Array) -> tuple[Array, Rotation]:
+        """What the blocks read: embedded patches `[P, width]`, and the rotation of their queries and keys."""
+        x = self.patch_embed(pixels.astype(self.patch_embed.kernel.dtype))
         frequencies = inverse_frequencies(self.config.hidden_size // self.config.n_heads // 2, self.config.rope_theta)
-        angles = jnp.asarray(vision.coordinates, FLOAT32)[..., None] * frequencies  # [P, 2, D/4]
-        by = rotation(angles.reshape(len(x), -1))
-        for i, block in enumerate(self.blocks):
-            windows = None if i in self.config.full_blocks else vision.windows
-            x = block(x, vision.frames if windows is None else windows, by)
-        return self.merger(x)
+        angles = coordinates.astype(FLOAT32)[..., None] * frequencies  # [P, 2, D/4]
+        return x, rotation(angles.reshape(len(x), -1))

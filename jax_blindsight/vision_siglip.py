@@ -48,8 +48,7 @@ class SiglipVision(nnx.Module):
 
     def __call__(self, vision: VisionInputs) -> Array:
         """Tokens `[n * tokens_per_image, n_out]`; image by image, so that memory does not grow with their number."""
-        assert vision.n_images is not None
-        pixels = jnp.asarray(vision.pixels)
+        pixels = vision.pixels
         tokens = jax.eval_shape(self._encode, pixels[0])
 
         def encode(i: Array, out: Array) -> Array:
@@ -64,7 +63,7 @@ class SiglipVision(nnx.Module):
         patches = image[:, : side * patch, : side * patch].reshape(-1, side, patch, side, patch)
         patches = patches.transpose(1, 3, 0, 2, 4).reshape(side * side, -1)
         x = self.patch_embed(patches.astype(self.patch_embed.kernel.dtype)) + self.position_embed.embedding[...]
-        whole = segments(np.array([len(x)]), len(x), width=len(x))
+        whole = segments(np.array([len(x)]), len(x))
         for block in self.blocks:
             x = block(x, whole)
         return self.projector(self.norm(x))

@@ -23,6 +23,11 @@ class SpecialTokens:
     image: int
     video: int | None = None
 
+    @property
+    def placeholders(self) -> list[int]:
+        """The ids behind which there are pictures."""
+        return [x for x in (self.image, self.video) if x is not None]
+
 
 @dataclass(frozen=True)
 class Family:

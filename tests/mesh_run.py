@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import tiny_models
-from jax_blindsight import attention, generation, prefill, stack
+from jax_blindsight import attention, generation, prefill, stack, tower
 from jax_blindsight.attention import attend
 from jax_blindsight.calibration import measure
 from jax_blindsight.convert import path_name
@@ -123,7 +123,8 @@ class Run:
         expected = prefill.sparse_prefill(self.one, self.inputs, capacity=capacity)
         self.collectives: dict[str, dict[str, int]] = {}
         for module, name in (
-            (prefill, "_encode"),
+            (tower, "_siglip"),
+            (tower, "_block"),
             (prefill, "_embed"),
             (stack, "_begin"),
             (attention, "_by_category"),

@@ -24,7 +24,7 @@ from parity_model import greedy_tokens
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
 from tiny_jax import in_numpy, twin
-from tiny_models import FAMILIES, in_double, make_ids, make_inputs, patch
+from tiny_models import FAMILIES, VIDEO, in_double, make_ids, make_inputs, make_video_inputs, patch
 
 SHIPPED = Path(blindsight_cli.__file__).parent / "models" / "blindsight-tiny-qwen2_5_vl"
 N_NEW = 64
@@ -101,6 +101,52 @@ def test_a_second_turn_with_another_image():
     whole["pixel_values"] = torch.cat([old[:3], new[:1], old[3:], new[1:]])
     expected = model.expect(whole, model.params.profile)
     assert_as_exact(done.logits, expected.plain[:, -1], expected.truth[:, -1])
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_turns_after_answers_about_videos(family):
+    """A video's time runs beyond the text after it: what is written follows the time, and so does the next turn.
+
+    A prompt in two pieces, then twice an answer of three tokens and a turn; rows of other lengths. Transformers takes
+    the prompt at once, then all else by its own `rope_deltas`.
+    """
+    model, rng = twin(family), np.random.default_rng(1)
+    prompts = [make_video_inputs([12]), make_video_inputs([2, 9])]
+    rows = [prompt["input_ids"][0] for prompt in prompts]
+    given = {
+        name: torch.cat([prompt[name] for prompt in prompts]) for name in ("pixel_values_videos", "video_grid_thw")
+    }
+    ids, mask = (
+        torch.nn.utils.rnn.pad_sequence(x, batch_first=True, padding_side="left")
+        for x in (rows, [torch.ones_like(row) for row in rows])
+    )
+    types = 2 * (ids == VIDEO).long()
+    given |= dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=types)
+    parts = [rng.integers(10, 96, (2, n)) for n in (3, 4, 3, 5)]  # answer, turn, answer, turn
+
+    def of_transformers(model, given):
+        out = model(**given, use_cache=True)
+        found, seen = [out.logits[:, -1:]], given["attention_mask"]
+        for part in parts:
+            where = seen.sum(-1, keepdim=True) + model.model.rope_deltas + torch.arange(part.shape[1])
+            seen = torch.cat([seen, torch.ones(part.shape, dtype=torch.long)], dim=1)
+            more = dict(input_ids=torch.tensor(part), attention_mask=seen, position_ids=where.expand(3, -1, -1))
+            out = model(**more, past_key_values=out.past_key_values)
+            found.append(out.logits)
+        return torch.cat(found, dim=1).numpy()
+
+    with torch.no_grad():
+        plain, truth = of_transformers(model.single, given), of_transformers(model.double, in_double(given))
+    head = {name: x[:, :-1] if x.shape == ids.shape else x for name, x in in_numpy(given).items()}
+    cache = sparse_prefill(model.params, head, dense=True, capacity=320).cache
+    logits = []
+    for turn, answer in zip((ids[:, -1:].numpy(), *parts[1::2]), (*parts[::2], parts[0][:, :0]), strict=True):
+        done = sparse_prefill(model.params, {"input_ids": turn}, cache=cache, dense=True, all_logits=True)
+        logits, cache = [*logits, done.logits], done.cache
+        for token in answer.T:
+            step, cache = decode_step(model.params, token, cache)
+            logits.append(step[:, None])
+    assert_as_exact(np.concatenate(logits, axis=1), plain, truth)
 
 
 def test_no_step_compiles_again(monkeypatch):

@@ -150,7 +150,8 @@ def cache():
     params = twin(QWEN).params
     tokens = read_inputs(params.config, prompt(QWEN)).tokens
     buffers = tuple(jnp.zeros((1, 2, 128, 16)) for _ in range(4))
-    return Cache(buffers, buffers, 46, np.array([20], np.int32), tokens)
+    position = np.array([20], np.int32)
+    return Cache(buffers, buffers, 46, position, position, tokens)
 
 
 def test_what_does_not_fit_into_the_cache(cache):
@@ -181,6 +182,19 @@ def test_an_image_cannot_go_on_in_the_next_piece():
     pictures = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
     with pytest.raises(ValueError, match=r"image 0 must have 16 .*Got 7.*cut between images"):
         sparse_prefill(params, piece | pictures)
+
+
+@pytest.mark.parametrize("family", [QWEN, "gemma3"])
+def test_an_image_cannot_begin_where_another_ends_without_a_delimiter(family):
+    params, inputs = twin(family).params, prompt(family, 1)
+    end = inputs["input_ids"][0].tolist().index(END)
+    pieces = [
+        {name: x[:, part] if x.shape == inputs["input_ids"].shape else x for name, x in inputs.items()}
+        for part in (slice(end), slice(end - IMAGE_TOKENS, None))
+    ]
+    first = sparse_prefill(params, pieces[0])
+    with pytest.raises(ValueError, match=r"border has placeholders on both sides. Keep every image's delimiters"):
+        sparse_prefill(params, pieces[1], cache=first.cache)
 
 
 def test_decode_steps_refuse_what_is_not_one_token_a_row(cache):
@@ -227,6 +241,6 @@ def test_placeholders_that_the_model_wrote_are_text(cache):
     written = replace(cache, written=(np.array([IMAGE]), jnp.array([VIDEO]), np.array([START])))
     tokens = written.tokens(special)
     assert tokens.ids[0, 46:].tolist() == [-1, -1, START]
-    (layout,) = tokens.followed_by(Tokens.text(np.array([[9]]))).layouts(twin(QWEN).params.config)
+    (layout,) = tokens.followed_by(Tokens.text(np.array([[9]])), special).layouts(twin(QWEN).params.config)
     assert layout.n_images == 2 and layout.n_tokens == 50
     assert layout.images[0].tolist() == [4, 5, 5 + IMAGE_TOKENS, 6 + IMAGE_TOKENS]

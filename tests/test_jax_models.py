@@ -20,6 +20,7 @@ from jax_blindsight.config import ACTIVATIONS, ModelConfig
 from jax_blindsight.decoder import Attention, DecoderLayer, rope_rotation
 from jax_blindsight.layers import GatedMLP, LayerNorm, Linear, RMSNorm, activation, inverse_frequencies
 from jax_blindsight.positions import rope_positions
+from jax_blindsight.tower import encode_images
 from jax_blindsight.vision_inputs import prepare_vision
 from jax_parity import Pair, assert_as_exact, make, pair
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
@@ -55,14 +56,14 @@ def hidden_of(config: ModelConfig, weights: Any, inputs: dict[str, torch.Tensor]
     arrays = {name: x.numpy() for name, x in inputs.items()}
     ids, valid = arrays["input_ids"], arrays["attention_mask"] != 0
     videos = arrays.get("video_grid_thw")
-    positions, _ = rope_positions(config, ids, valid, arrays.get("image_grid_thw"), videos)
+    positions, *_ = rope_positions(config, ids, valid, arrays.get("image_grid_thw"), videos)
     masks = masks_of(config, ids, valid, [] if videos is None else videos[:, 0].tolist())
-    is_picture = np.isin(ids, [x for x in (config.special.image, config.special.video) if x is not None])
+    is_picture = np.isin(ids, config.special.placeholders)
     place = np.cumsum(is_picture).reshape(ids.shape) - 1
 
     @jax.jit
     def run(weights, vision):
-        features = jax_model.encode_images(weights, config, vision)
+        features = encode_images(weights, config, vision)
         hidden = jax_model.embed_tokens(weights, config, ids)
         hidden = jnp.where(is_picture[..., None], features[place], hidden)
         return jax_model.decode(weights, config, hidden, positions, dense(config, masks))
@@ -197,7 +198,7 @@ def test_whole_model(family, left):
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_whole_model_on_videos(family):
-    p, inputs = pair(family), make_video_inputs([2, 3])
+    p, inputs = pair(family), make_video_inputs([2, 3], seed=1)
     hidden, valid = hidden_of(p.config, p.weights, inputs)
     p.check(np.asarray(hidden)[valid], run_whole, inputs)
 

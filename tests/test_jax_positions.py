@@ -80,7 +80,7 @@ def rope_index(family, ids, valid, image_grids, video_grids, seconds):
 def test_positions_are_those_of_transformers(family, batch):
     rows, extra, left, seconds = batch
     inputs = build(rows, extra, left)
-    positions, following = rope_positions(config_of(family), *inputs, seconds)
+    positions, following, _ = rope_positions(config_of(family), *inputs, seconds)
     want, want_following = rope_index(family, *inputs, seconds)
     assert positions.dtype == following.dtype == np.int32
     np.testing.assert_array_equal(positions, want)
@@ -88,7 +88,7 @@ def test_positions_are_those_of_transformers(family, batch):
 
 
 def test_the_drawing_of_the_module():
-    positions, following = rope_positions(config_of("qwen2_vl"), *build([[2, (IMAGE, (1, 2, 2)), 1]]))
+    positions, following, _ = rope_positions(config_of("qwen2_vl"), *build([[2, (IMAGE, (1, 2, 2)), 1]]))
     assert positions[:, 0].tolist() == [
         [0, 1, 2, 3, 3, 3, 3, 5, 6],
         [0, 1, 2, 3, 3, 4, 4, 5, 6],
@@ -108,7 +108,7 @@ def test_gemma_counts_real_tokens(left):
     prompts = [[1, 10, 11], [1, START, *[IMAGE] * 16, END, 12]]
     inputs = make_inputs("gemma3", prompts, left=left)
     valid = inputs["attention_mask"].numpy() != 0
-    positions, following = rope_positions(config_of("gemma3"), inputs["input_ids"].numpy(), valid)
+    positions, following, _ = rope_positions(config_of("gemma3"), inputs["input_ids"].numpy(), valid)
     want = positions_of(MODELS("gemma3"), inputs).numpy()
     np.testing.assert_array_equal(positions, np.where(valid, want, 0))
     assert following.tolist() == [3, 20]

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from jax_blindsight import vision_inputs
+from jax_blindsight import tower, vision_inputs
 from jax_blindsight.layers import rotation
-from jax_blindsight.model import encode_images
+from jax_blindsight.tower import encode_images
 from jax_blindsight.vision_blocks import VisionBlock, segment_attention
 from jax_blindsight.vision_inputs import patch_coordinates, prepare_vision, segments, window_order
 from jax_blindsight.vision_qwen import PatchMerger
@@ -133,7 +133,7 @@ def test_merger(family):
 def test_siglip_block_and_projector():
     p, x = pair("gemma3"), torch.randn(64, 32)
     block = make(VisionBlock, p.config.vision, weights=p.weights["vision"]["blocks"][0])
-    ours = block(jnp.asarray(x), segments(np.array([64]), 64, width=64))
+    ours = block(jnp.asarray(x), segments(np.array([64]), 64))
     p.check(ours, lambda model, x: model.model.vision_tower.encoder.layers[0](x[None], None)[0], dict(x=x))
     projector = make(Projector, p.config.vision, 64, weights=p.weights["vision"]["projector"])
     p.check(projector(jnp.asarray(x)), lambda model, x: model.model.multi_modal_projector(x[None])[0], dict(x=x))
@@ -164,22 +164,21 @@ def test_every_patch_has_a_slot_and_sees_its_own_segment(lengths, spare):
     lengths = np.array(lengths)
     n_padded = vision_inputs.bucket(int(lengths.sum())) + spare
     plan = segments(lengths, n_padded)
+    n = len(plan.query_start)
+    assert {np.shape(x) for x in jax.tree.leaves(plan)} == {(), (n,), (n_padded,)}
+    assert n == len(segments([n_padded], n_padded).query_start), "as many blocks for whatever lies in the bucket"
+    assert n % plan.step == 0 and n * plan.rows <= 2 * n_padded + plan.step * plan.rows
+    assert 0 < plan.n_steps * plan.step <= n and (np.diff(plan.n_tiles) <= 0).all()
+    assert (plan.query_start >= 0).all() and (plan.query_start + plan.rows <= n_padded).all()
     segment = np.repeat(np.arange(len(lengths)), lengths)
-    starts = lengths.cumsum() - lengths
-    rows, keys = [], []
-    for group in plan.groups:
-        n = len(group.query_start)
-        assert n % group.step == 0 and group.rows * group.width * group.step < 2 * max(2**20, group.rows * group.width)
-        assert 0 < group.n_steps * group.step <= n
-        assert (group.query_start + group.rows <= n_padded).all() and (group.key_start + group.width <= n_padded).all()
-        assert (group.query_start >= 0).all() and (group.key_start >= 0).all()
-        rows.append((group.query_start[:, None] + np.arange(group.rows)).reshape(-1))
-        first, last = group.key_start + group.key_first, group.key_start + group.key_last
-        keys.append(np.repeat(np.stack([first, last], axis=1), group.rows, axis=0))
-    slot = plan.slot[: len(segment)]
-    np.testing.assert_array_equal(np.concatenate(rows)[slot], np.arange(len(segment)))
-    np.testing.assert_array_equal(np.concatenate(keys)[slot, 0], starts[segment])
-    np.testing.assert_array_equal(np.concatenate(keys)[slot, 1], (starts + lengths)[segment])
+    patch, block = np.arange(len(segment)), plan.slot[: len(segment)] // plan.rows
+    np.testing.assert_array_equal(plan.query_start[block] + plan.slot[: len(segment)] % plan.rows, patch)
+    assert (block < plan.n_steps * plan.step).all()
+    stop = lengths.cumsum()[segment]
+    np.testing.assert_array_equal(plan.first[: len(segment)], stop - lengths[segment])
+    np.testing.assert_array_equal(plan.last[: len(segment)], stop)
+    first, last = plan.key_start[block], plan.key_start[block] + plan.n_tiles[block] * plan.tile
+    assert (first <= stop - lengths[segment]).all() and (stop <= last).all(), "all keys are in a tile"
 
 
 @pytest.mark.parametrize("lengths", [[7], [300, 5, 129, 64], [16] * 40], ids=str)
@@ -236,8 +235,28 @@ def test_memory_is_linear_in_the_patches():
 
 
 def test_a_big_image_does_not_make_small_ones_costly():
-    sizes = [group.width for group in segments(np.array([4000, *[60] * 50]), 8192).groups]
-    assert sizes == [128, vision_inputs.bucket(4000)]
+    """Its 32 blocks take 16 tiles each; fifty small ones share 25 blocks of one tile."""
+    n_tiles = segments(np.array([4000, *[60] * 50]), 8192).n_tiles
+    assert n_tiles[: 32 + 25 + 1].tolist() == [16] * 32 + [1] * 25 + [0]
+
+
+@qwens
+def test_programs_are_bounded_by_the_buckets(family, monkeypatch):
+    """Any number of pictures of any sizes: for each bucket of patches one program of a kind."""
+    p, rng, traces, buckets = pair(family), np.random.default_rng(0), [], set()
+    for name in ("begin_vision", "vision_block", "end_vision"):
+        traced = getattr(tower, name)
+        monkeypatch.setattr(tower, name, lambda *args, name=name, traced=traced: traces.append(name) or traced(*args))
+    encode = partial(encode_images, config=replace(p.config, bidirectional=True))  # of no other test
+    for _ in range(40):
+        sizes = rng.integers(1, [5, 12, 12], (rng.integers(1, 9), 3)).tolist()
+        prompt = {n: x.numpy() for n, x in prompt_of([(VIDEO, size) for size in sizes]).items()}
+        vision = prepare_vision(p.config, prompt)
+        jax.eval_shape(encode, p.weights, vision=vision)
+        buckets.add(len(vision.pixels))
+    assert 10 < len(buckets) < 30
+    kinds = dict(begin_vision=1, vision_block=2 if p.config.vision.window_size else 1, end_vision=1)
+    assert {name: traces.count(name) for name in kinds} == {name: n * len(buckets) for name, n in kinds.items()}
 
 
 BAD = {

@@ -104,7 +104,7 @@ def without_tower(size: Size, n: int, place: Place) -> Iterator[None]:
 
     with (
         patch.object(jax_blindsight.prefill, "prepare_vision", lambda *_, **__: None),
-        patch.object(jax_blindsight.prefill, "_encode", lambda *_, **__: features),
+        patch.object(jax_blindsight.prefill, "encode_images", lambda *_, **__: features),
     ):
         yield
 
