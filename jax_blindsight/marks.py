@@ -37,8 +37,15 @@ def _read_sample(weights: Weights) -> list[np.ndarray]:
     return rows
 
 
+def _rows(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    devices = () if isinstance(leaf, np.ndarray) else leaf.devices()
+    if len(devices) < 2 and all(device.platform == "cpu" for device in devices):
+        return np.asarray(leaf)[sampled_rows(leaf.shape)]  # no copy, and no program
+    return _taken(leaf)
+
+
 @jax.jit
-def _rows(leaf: jax.Array) -> jax.Array:
+def _taken(leaf: jax.Array) -> jax.Array:
     rows = sampled_rows(leaf.shape)
     return leaf[rows if isinstance(rows, slice) else np.array(rows)]
 

@@ -72,7 +72,7 @@ def test_few_files_come_of_a_part(dry_run):
     logs = {path.name for path in dry_run("torch").iterdir()} - {f"gpu-{part}.json" for part in PARTS["torch"]}
     assert logs <= {f"gpu-{part}.log" for part in ("correctness", "sanitizer", "profile")}
     (row,) = load(dry_run("torch"), "correctness")["rows"]
-    assert "--timeout=60 --timeout-method=thread" in row["command"]
+    assert "--timeout=150 --timeout-method=thread" in row["command"]
     assert "test session starts" in (dry_run("torch") / "gpu-correctness.log").read_text()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -61,6 +62,8 @@ def test_a_changed_meaning_is_seen(monkeypatch, tmp_path):
     """A sink too few in the template changes every file; writing them anew says which are new."""
     assert parity_golden.write(tmp_path) == ["layouts.json", "plans.json", "attention.npz"]
     assert parity_golden.write(tmp_path) == []
+    shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
+    assert parity_golden.write(tmp_path) == [], "also on another CPU"
     assert sums(tmp_path) == (FOLDER / SUMS).read_text()
     other = dataclasses.replace(parity_golden.TEMPLATE, from_end=(1,))
     monkeypatch.setattr(parity_golden, "TEMPLATE", other)
