@@ -24,6 +24,7 @@ from blindsight_study.measure import Study
 from shared_profiles._atomic import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
+PARTS = ["criteria", "target", "stability", "transfer", "knobs", "sinks"]
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=480, help="per measured point")
     parser.add_argument("--target-questions", type=int, default=4200, help="for the budget's own choice")
     parser.add_argument("--random", type=int, default=3, help="random rankings")
-    parser.add_argument("--parts", nargs="*", default=["criteria", "target", "stability", "transfer", "knobs", "sinks"])
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="none: only render what is known")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     asked = parser.parse_args()
     name = asked.name or asked.checkpoint.name
@@ -47,11 +48,13 @@ def main() -> None:
     if asked.parts:
         study = Study(asked.checkpoint, asked.prompts, asked.held_out, asked.state)
         shape, choice = study.profile.fingerprint, study.profile.choice
-        results["about"] = (
+        about = (
             f"{shape.n_layers} layers of {shape.n_heads} heads, calibrated on {len(study.statistics)} prompts of two "
             f"to six images with a budget of {choice['budget']:g} nats on {choice['held_out_prompts']} others; "
             f"{asked.questions} further questions a point, six images unless said otherwise."
         )
+        if results.setdefault("about", about) != about:
+            parser.error(f"{path} must be of such a study. It says: {results['about']} Name another --out or --name.")
         six = study.ask(evaluate.make_puzzles(6, asked.questions, evaluate.EVALUATION_SEEDS))
         for part in asked.parts:
             results[part] = {

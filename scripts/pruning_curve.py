@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=240, help="per point")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
     study = PruningStudy(asked.checkpoint, asked.questions, asked.out / "pruning.json")
     study.measure_all()
     write_page(study.results, asked.out / "pruning.md", "../pruning.svg")

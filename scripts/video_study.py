@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=240, help="about six pictures each")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
     study = video.VideoStudy(asked.checkpoint, asked.prompts, asked.questions)
     results = {
         "about": f"`{asked.checkpoint.name}`, {asked.prompts} prompts of 2 to 6 pictures to calibrate on, "

@@ -199,7 +199,7 @@ def test_a_missing_package_is_named() -> None:
     command = [sys.executable, "-c", code + "main()", "bench", "plan"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 3, done.stderr
-    assert "needs torch" in done.stderr and "pip install 'blindsight[torch]'" in done.stderr
+    assert "needs torch" in done.stderr and "source folder: pip install '.[torch]'" in done.stderr
     done = subprocess.run(
         [sys.executable, "-c", "import sys; sys.modules['typer'] = None\nimport blindsight_cli.main"],
         cwd=ROOT,
@@ -208,7 +208,7 @@ def test_a_missing_package_is_named() -> None:
         timeout=60,
         check=False,
     )
-    assert done.returncode == 3 and "pip install 'blindsight[cli]'" in done.stderr
+    assert done.returncode == 3 and "source folder: pip install '.[cli]'" in done.stderr
 
 
 def checks(*args: object) -> tuple[int, dict[str, dict[str, str]]]:

@@ -8,8 +8,10 @@ from importlib import import_module
 
 import pytest
 
+from blindsight_cli.commands.demo import SHIPPED_MODEL
 from blindsight_cli.held_out import HeldOut
 from blindsight_cli.smallvlm import evaluate
+from shared_profiles.profile import ProfileMismatchError
 from tree_scripts import ROOT
 
 compare_criteria = import_module("compare_criteria")
@@ -48,6 +50,16 @@ def test_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(HeldOut, "log_probs", lambda *_: pytest.fail("was measured already"))
     compare_criteria.main()
     assert path.read_bytes() == before
+
+    for other, error in (
+        (["--questions", "4"], SystemExit),
+        (["--prompts", "17"], ValueError),
+        (["--checkpoint", SHIPPED_MODEL.with_name("blindsight-tiny-qwen2_vl")], ProfileMismatchError),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(x) for x in [*command, *other]])
+        with pytest.raises(error):
+            compare_criteria.main()
+        assert path.read_bytes() == before
 
 
 def test_the_page_is_of_its_results(tmp_path):

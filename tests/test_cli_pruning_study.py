@@ -7,6 +7,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))  # it runs from the tree and is not installed
 from blindsight_cli.commands.demo import SHIPPED_MODEL
 
@@ -32,6 +34,9 @@ def test_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(again, "model", None)
     again.measure_all()
     assert again.results == results
+    with pytest.raises(ValueError, match=r"number of questions.* Name another --out"):
+        pruning.PruningStudy(SHIPPED_MODEL, 3, path)
+    assert json.loads(path.read_text()) == results
     pruning_page.write_page(results, tmp_path / "pruning.md", "pruning.svg")
     lines = (tmp_path / "pruning.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines if "%" in line and "|" in line] == [

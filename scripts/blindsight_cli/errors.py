@@ -15,12 +15,17 @@ from blindsight_cli.output import note
 TRACEBACK = "BLINDSIGHT_TRACEBACK"
 """Environment variable that shows expected errors with their traceback, too."""
 
-# Packages that a plain `pip install blindsight` leaves out, and the extra that brings them.
+# Packages that an install without extras leaves out, and the extra that brings them.
 _EXTRAS = {
     **dict.fromkeys(("torch", "torchvision", "transformers", "safetensors", "PIL", "tqdm"), "torch"),
     **dict.fromkeys(("jax", "flax", "orbax", "ml_dtypes"), "jax"),
     "jinja2": "cli",
 }
+
+
+def install_advice(extra: str) -> str:
+    """How to install an extra. From the source: on PyPI another project has the name `blindsight`."""
+    return f"In BlindSight's source folder: pip install '.[{extra}]'"
 
 
 class ExitCode(enum.IntEnum):
@@ -64,7 +69,7 @@ def _expected(error: Exception) -> tuple[ExitCode, str] | None:
         package = (error.name or "").split(".")[0]
         if package not in _EXTRAS:
             return None
-        advice = f"Install it: pip install 'blindsight[{_EXTRAS[package]}]'"
+        advice = install_advice(_EXTRAS[package])
         return ExitCode.INCOMPATIBLE, f"this command needs {package}, which is not installed. {advice}"
     if isinstance(error, BrokenPipeError) or not isinstance(error, ValueError | OSError):
         return None

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
-from blindsight_cli.errors import IncompatibleError
+from blindsight_cli.errors import IncompatibleError, install_advice
 from blindsight_cli.folders import AGAIN, check_family
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -75,7 +75,7 @@ def load_processor(folder: Path) -> Any:
     except ImportError as error:  # the message goes on about how to install it
         reason = " ".join(str(error).split()).partition(" Check out")[0].rstrip(".")
         raise IncompatibleError(
-            f"{folder}: its processor needs more packages: {reason}. Install them: pip install 'blindsight[torch]'"
+            f"{folder}: its processor needs more packages: {reason}. {install_advice('torch')}"
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Literal
 
 try:
     import typer
-except ModuleNotFoundError:  # a plain `pip install blindsight` brings this command, but not what it needs
-    print("error: this command needs typer, which is not installed: pip install 'blindsight[cli]'", file=sys.stderr)
+except ModuleNotFoundError:  # an install without extras brings this command, but not what it needs
+    print(
+        "error: this command needs typer, which is not installed. In BlindSight's source folder: pip install '.[cli]'",
+        file=sys.stderr,
+    )
     raise SystemExit(3) from None
 
 from blindsight_cli.errors import guarded
@@ -371,6 +375,9 @@ def report(
 
 def main() -> None:
     """Runs the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without some sign is no reason to fail
     app(prog_name="blindsight")
 
 

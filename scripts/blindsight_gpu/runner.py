@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import subprocess
@@ -66,11 +67,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
             )
         return names
 
+    def seconds(text: str) -> float:
+        value = float(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"seconds must be finite and above 0. Got {text}.")
+        return value
+
     parser.add_argument("--out", type=Path, required=True, help="folder of the result files, gpu-PART.json")
     parser.add_argument("--part", type=parts, required=True, help=f"some of {','.join(SECONDS)}")
     parser.add_argument("--resume", action="store_true", help="keep rows of this source, GPU and versions")
     parser.add_argument(
-        "--budget-seconds", type=float, default=BUDGET, help=f"for all parts together (default {BUDGET})"
+        "--budget-seconds", type=seconds, default=BUDGET, help=f"for all parts together (default {BUDGET})"
     )
     parser.add_argument("--dry-run", action="store_true", help="on the CPU at toy size, to test this script")
     asked = parser.parse_args(arguments)

@@ -50,6 +50,9 @@ class Study:
         n_held_out: others, of `HELD_OUT_IMAGES`, to measure the budget on.
         state: file of their statistics. Beside it lie the profile they gave, as `.json`, and what was measured, as
             `.measured.json`: what is there is not done again.
+
+    Raises:
+        ProfileError, ValueError: these files are of another model, or of other prompts.
     """
 
     def __init__(self, checkpoint: Path, n_prompts: int, n_held_out: int, state: Path) -> None:
@@ -73,9 +76,19 @@ class Study:
                 state=state,
             ).save(made)
         self.profile = Profile.load(made)
+        self.profile.require(self.model.facts.fingerprint)
         self.statistics = Statistics.load(state)
         ids = [prompt_digest({name: x.numpy() for name, x in prompt.items()}) for prompt in prompts]
         self._puzzle_of = dict(zip(ids, puzzles, strict=True))
+        n_before = self.profile.choice["held_out_prompts"]
+        if set(ids) != set(self.statistics.prompt_ids) or n_before != n_held_out:
+            raise ValueError(
+                f"{state} must be of {n_prompts} prompts, and {made} of {n_held_out} held-out ones. Got "
+                f"{len(self.statistics)} and {n_before}. Ask for as many, or name another --state."
+            )
+        digest = self.model.facts.fingerprint.digest
+        if self._measured.setdefault("model", digest) != digest:
+            raise ValueError(f"{self._file} must be of this model. Got another one's. Name another --state.")
 
     def subset(self, ids: Sequence[str]) -> Summary:
         """The statistics of some of the prompts."""

@@ -57,6 +57,9 @@ class PruningStudy:
         checkpoint: the model's folder, with its profile.
         n_questions: about `IMAGES` pictures each.
         path: file of the results.
+
+    Raises:
+        ValueError: it holds those of another model, profile or number of questions.
     """
 
     def __init__(self, checkpoint: Path, n_questions: int, path: Path) -> None:
@@ -75,8 +78,12 @@ class PruningStudy:
             "interval": INTERVAL,
         }
         self.results: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
-        if self.results.get("about") != about:  # of another model, or other questions
-            self.results = {"about": about, "points": {}}
+        if self.results.setdefault("about", about) != about:
+            raise ValueError(
+                f"{path} must be of this model, profile and number of questions. Got {self.results['about']}. "
+                "Name another --out, or remove the file."
+            )
+        self.results.setdefault("points", {})
 
     def measure_all(self) -> None:
         """Every pruner at every share, and the whole prompt, all heads dense and by the profile."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from blindsight_cli.errors import ExitCode, IncompatibleError
+from blindsight_cli.errors import ExitCode, IncompatibleError, install_advice
 from blindsight_cli.output import print_json, results
 
 MINIMUM = {
@@ -39,7 +39,7 @@ _MARKS = {
     INFO: ("·", "bright_black"),
     SKIPPED: ("-", "yellow"),
 }
-_REINSTALL = "Install the tested versions: pip install -U 'blindsight[torch]'."
+_REINSTALL = f"Install the tested versions. {install_advice('torch')} -c constraints.txt."
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def check_versions() -> Iterator[Check]:
     for name, least in MINIMUM.items():
         found = _version(name)
         if found is None:
-            yield Check(name, FAILED, "not installed", "Install it: pip install 'blindsight[torch]'.")
+            yield Check(name, FAILED, "not installed", f"{install_advice('torch')}.")
         elif _numbers(found) < _numbers(least):
             renew = f"Renew it: pip install -U '{name}>={least}'."
             yield Check(name, INCOMPATIBLE, f"{found}, older than {least}", renew)
