@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -194,9 +194,10 @@ def _no_gradient(ctx: Any, grad: Tensor) -> None:
 prefill_op.register_autograd(_no_gradient)
 
 
-def blindsight_mask(*args, **kwargs) -> Tensor | None:
+def blindsight_mask(*args, config: PreTrainedConfig, **kwargs) -> Tensor | None:
     """No mask for a prefill that BlindSight computes, transformers' SDPA mask for any other forward."""
-    if _runs_dense(kwargs.get("config")):
+    kwargs["config"] = config
+    if _runs_dense(config.get_text_config()):
         return sdpa_mask(*args, **kwargs)
     if not torch.compiler.is_compiling() and current_prefill.get().layers:  # type: ignore[union-attr]
         # Masks come before layers: that forward was interrupted, and this one did not come through the patched model.
