@@ -141,7 +141,7 @@ def test_diff_of_other_shapes_is_refused(profile: Path, tmp_path: Path) -> None:
     assert blindsight("profile", "diff", profile, other).exit_code == 3
 
 
-def test_report(tmp_path: Path) -> None:
+def test_report(profile: Path, tmp_path: Path) -> None:
     data = ReportData(ModelInfo("m", "qwen2_5_vl", 1, 2, 1, 8, 99), (("DENSE", "SINK"),), TemplateInfo((0,), (1,), 8))
     saved, out = tmp_path / "results.json", tmp_path / "report.html"
     saved.write_text(json.dumps(data.to_json()))
@@ -152,6 +152,12 @@ def test_report(tmp_path: Path) -> None:
     result = blindsight("report", saved, "--out", saved)
     assert result.exit_code == 2 and "--out must name a file of its own" in result.stderr
     assert json.loads(saved.read_text()) == data.to_json()
+    for command in (("report", saved), ("demo",)):
+        result = blindsight(*command, "--out", profile)
+        assert result.exit_code == 2 and "over an HTML page only" in result.stderr
+    assert blindsight("bench", "--out", profile).exit_code == 2
+    (tmp_path / "empty").touch()
+    assert blindsight("report", saved, "--out", tmp_path / "empty").exit_code == 0
     for text in ("{", '{"format": "blindsight-report", "version": 99}', "[]"):
         saved.write_text(text)
         result = blindsight("report", saved, "--out", out)

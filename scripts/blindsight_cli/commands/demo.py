@@ -57,7 +57,7 @@ def run_demo(
     Returns:
         The exit code: 0.
     """
-    require_writable("--out", out)
+    require_writable("--out", out, kind="page")
     console = Console(stderr=as_json)
     folder = model or SHIPPED_MODEL
     vlm, processor = load_backend(backend, folder, device="cpu"), load_processor(folder)

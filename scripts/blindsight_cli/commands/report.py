@@ -18,7 +18,7 @@ def run_report(path: Path, out: Path, *, as_json: bool) -> int:
         ValueError: the file holds no report, or one of another version; or `out` cannot be written.
         OSError: a file cannot be read or written.
     """
-    require_writable("--out", out, {"RESULTS": path})
+    require_writable("--out", out, {"RESULTS": path}, kind="page")
     try:
         document = json.loads(path.read_bytes())
     except ValueError as error:
