@@ -13,6 +13,7 @@ from shared_profiles import family_of
 
 Kind = Literal["profile", "page", "benchmark"]
 _KINDS: dict[Kind, str] = {"profile": "a profile", "page": "an HTML page", "benchmark": "a result of blindsight bench"}
+_FOR_JAX = "blindsight_jax.json"  # as jax_blindsight.checkpoint calls it, which cannot be imported without JAX
 AGAIN = "Download or save the checkpoint again."
 
 
@@ -38,6 +39,24 @@ def check_family(folder: Path) -> None:
         family_of(config if isinstance(config, dict) else {})
     except ValueError as error:
         raise IncompatibleError(f"{folder}: {error}") from error
+
+
+def is_for_jax(folder: Path) -> bool:
+    """Whether a folder holds weights that `blindsight convert` wrote for JAX."""
+    return (folder / _FOR_JAX).is_file()
+
+
+def require_for_torch(folder: Path) -> None:
+    """Refuses a folder that PyTorch cannot load.
+
+    Raises:
+        ValueError: its weights are converted for JAX.
+    """
+    if is_for_jax(folder):
+        raise ValueError(
+            f"PyTorch needs a checkpoint as save_pretrained writes it. Got {folder}, which `blindsight convert` wrote "
+            "for JAX. Use --backend jax where the command has it, or name the checkpoint that was converted."
+        )
 
 
 def require_writable(
@@ -69,8 +88,8 @@ def require_writable(
         wrong = f"the folder {folder} is read-only"
     elif kind is not None and path.is_file() and not _is_of(kind, path):
         raise ValueError(
-            f"{option} may write over {_KINDS[kind]} only. Got {path}, which is something else. Name another, or remove "
-            "it first."
+            f"{option} may write over {_KINDS[kind]} only. Got {path}, which is something else. Name another, or "
+            "remove it first."
         )
     else:
         return
