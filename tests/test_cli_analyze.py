@@ -82,8 +82,10 @@ def test_what_cannot_be_analyzed_is_refused(checkpoint: Path, tmp_path: Path) ->
     for args, message in (
         ((), "needs prompts"),
         ((single, "--puzzles", 2), "Give one of them"),
+        (("--puzzles", 3, "--limit", 1), "--limit takes the first prompts of a file"),
         ((single,), "at least two images"),
         ((single, "--out", single), "--out must name a file of its own"),
+        (("--puzzles", 2, "--out", checkpoint / "config.json"), "--out may write over an HTML page only"),
         (("--puzzles", 2, "--out", tmp_path / "no" / "page.html"), "there is no folder"),
     ):
         result = blindsight("analyze", checkpoint, *args)

@@ -31,7 +31,7 @@ def report(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     path = tmp_path_factory.mktemp("report") / "demo.html"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(demo, "_LONG_PROMPT", (3, 64))
-        command = ("demo", "--out", str(path), "--questions", "6", "--calibration-prompts", "12")
+        command = ("demo", "--out", str(path), "--questions", "6", "--calibration-prompts", "16")
         result = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
     assert result.exit_code == 0, result.stderr
     return path, ReportData.from_json(json.loads(result.stdout))

@@ -16,9 +16,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from blindsight_cli import errors, main
-from blindsight_cli.commands import doctor
+from blindsight_cli.commands import demo, doctor
 from blindsight_cli.main import app
-from blindsight_cli.report import ModelInfo, ReportData, TemplateInfo
+from blindsight_cli.report import CurveRow, ModelInfo, ReportData, TemplateInfo
 from shared_profiles import Category
 from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds
@@ -84,7 +84,15 @@ def test_help_states_the_defaults_of_the_library() -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [["nosuch"], ["profile", "show"], ["profile", "show", "missing.json"], ["bench", "nosuch"], ["run", "x"]]
+    "args",
+    [
+        ["nosuch"],
+        ["profile", "show"],
+        ["profile", "show", "missing.json"],
+        ["bench", "nosuch"],
+        ["run", "x"],
+        ["demo", "--calibration-prompts", "15"],
+    ],
 )
 def test_usage_errors_exit_with_2(args: list[str]) -> None:
     result = blindsight(*args)
@@ -141,7 +149,17 @@ def test_diff_of_other_shapes_is_refused(profile: Path, tmp_path: Path) -> None:
     assert blindsight("profile", "diff", profile, other).exit_code == 3
 
 
-def test_report(tmp_path: Path) -> None:
+def test_demo_says_what_was_held_out_and_names_as_they_are(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "_LONG_PROMPT", (3, 64))
+    model, out = tmp_path / "tiny[v2]", tmp_path / "page[bold].html"
+    model.symlink_to(demo.SHIPPED_MODEL)
+    result = blindsight("demo", "--model", model, "--out", out, "--questions", 2, "--calibration-prompts", 16)
+    told = " ".join(result.stdout.split())
+    assert result.exit_code == 0 and "tiny[v2]: " in told and "measured on 4 of them, held out" in told
+    assert f"report: {out}" in result.stdout
+
+
+def test_report(profile: Path, tmp_path: Path) -> None:
     data = ReportData(ModelInfo("m", "qwen2_5_vl", 1, 2, 1, 8, 99), (("DENSE", "SINK"),), TemplateInfo((0,), (1,), 8))
     saved, out = tmp_path / "results.json", tmp_path / "report.html"
     saved.write_text(json.dumps(data.to_json()))
@@ -152,7 +170,20 @@ def test_report(tmp_path: Path) -> None:
     result = blindsight("report", saved, "--out", saved)
     assert result.exit_code == 2 and "--out must name a file of its own" in result.stderr
     assert json.loads(saved.read_text()) == data.to_json()
-    for text in ("{", '{"format": "blindsight-report", "version": 99}', "[]"):
+    for command in (("report", saved), ("demo",)):
+        result = blindsight(*command, "--out", profile)
+        assert result.exit_code == 2 and "over an HTML page only" in result.stderr
+    assert blindsight("bench", "--out", profile).exit_code == 2
+    (tmp_path / "empty").touch()
+    assert blindsight("report", saved, "--out", tmp_path / "empty").exit_code == 0
+    curve = CurveRow(0.5, 1e308, None, None, None, None, chosen=True)
+    edited = [
+        {**data.to_json(), "budget": 10**400},
+        {**data.to_json(), "curve": [curve.to_json()]},
+        {**data.to_json(), "budget": -1.0},
+    ]
+    deep = "[" * 200_000
+    for text in ("{", '{"format": "blindsight-report", "version": 99}', "[]", deep, *map(json.dumps, edited)):
         saved.write_text(text)
         result = blindsight("report", saved, "--out", out)
         assert result.exit_code == 2 and str(saved) in result.stderr
@@ -231,6 +262,10 @@ def test_doctor_asks_for_the_versions_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["torch"]]
     assert dict(entry.split(">=") for entry in needed) == doctor.MINIMUM
+    for_jax = {**doctor.MINIMUM, **doctor.MINIMUM_JAX}
+    assert all(
+        for_jax[name] == least for name, least in (x.split(">=") for x in project["optional-dependencies"]["jax"])
+    )
     assert project["requires-python"] == ">=" + ".".join(map(str, doctor.PYTHON))
 
 
@@ -242,6 +277,16 @@ def test_doctor_on_a_bad_torch(version: str | None, code: int, status: str, monk
     assert given == code and found["torch"]["status"] == status and "pip install" in found["torch"]["advice"]
     assert found["a patch takes"]["status"] == "skipped"
     assert "1 problem" in blindsight("doctor").stdout
+
+
+def test_doctor_on_an_old_jax(monkeypatch) -> None:
+    found: dict[str, str | None] = {**doctor.MINIMUM, **doctor.MINIMUM_JAX, "jax": "0.4.1", "flax": None}
+    monkeypatch.setattr(doctor, "_version", found.get)
+    checked = {check.name: check for check in doctor.check_versions()}
+    assert checked["jax"].status == "incompatible" and "jax>=0.11.2" in checked["jax"].advice
+    assert checked["flax"].status == "info" and "--backend jax" in checked["flax"].detail
+    found["jax"], found["ml-dtypes"] = None, "0.1"
+    assert {check.status for check in doctor.check_versions()} == {"ok", "info"}
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["our-folder", "a-stranger"])

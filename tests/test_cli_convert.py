@@ -10,9 +10,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 import tiny_models
+from blindsight_cli.commands import doctor
 from blindsight_cli.main import app
 from jax_blindsight.params import load
 from jax_checkpoints import FILE, edit, edit_json, save_tiny
@@ -41,6 +43,17 @@ def test_a_converted_folder_stands_alone(tiny, tmp_path):
     assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(want)))
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "template"
     assert not list((tmp_path / "out").glob("*.safetensors*"))
+
+
+def test_what_needs_torch_says_that_a_folder_is_for_jax(tiny, tmp_path):
+    out, picture = tmp_path / "out", tmp_path / "a.png"
+    assert convert(tiny, out).exit_code == 0
+    Image.new("RGB", (8, 8)).save(picture)
+    for command in (("run", out, "--image", picture, "--question", "?"), ("analyze", out, "--puzzles", 2)):
+        done = CliRunner().invoke(app, [*map(str, command)], catch_exceptions=False)
+        assert done.exit_code == 2 and "wrote for JAX. Use --backend jax" in done.stderr
+    (found,) = doctor._check_checkpoint(out)
+    assert found.status == "info" and "use it with --backend jax" in found.detail
 
 
 def test_json_and_dtype(tiny, tmp_path):

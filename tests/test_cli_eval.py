@@ -176,13 +176,16 @@ def test_a_picture_that_was_replaced_makes_another_run(profile: Path, tmp_path: 
 
 
 def test_in_words(items: Path, profile: Path, tmp_path: Path) -> None:
+    twice = items.with_name("twice.jsonl")
+    twice.write_text(items.read_text().partition("\n")[0] + "\n" + items.read_text())
     result = blindsight(
-        *("eval", SHIPPED_MODEL, items, "--profile", profile, "--out", tmp_path / "r.json", "--limit", 3, "--letters")
+        *("eval", SHIPPED_MODEL, twice, "--profile", profile, "--out", tmp_path / "r.json", "--limit", 3, "--letters")
     )
     assert result.exit_code in (0, 1)
     for text in ("accuracy", "sparse - dense", "McNemar", "invalid answers", "same answer", "nats", "between images"):
         assert text in result.stdout, text
     assert "not checked" in result.stderr and "saved" in result.stderr
+    assert "1 of 3 items repeat others: the interval is too narrow" in result.stderr
 
 
 def test_items_that_were_calibrated_on_are_refused(untrained: Path, tmp_path: Path) -> None:

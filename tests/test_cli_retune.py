@@ -144,6 +144,8 @@ def test_what_retune_refuses(profile: Path, checkpoint: Path, prompts: Path, tmp
         (2, "other prompts than it was made from", (profile, "--budget", 1, "--verify", checkpoint, prompts)),
         (2, "at least two images", (profile, "--budget", 1, "--verify", checkpoint, lone)),
         (2, "a file of its own", (profile, "--budget", 1, "--verify", checkpoint, lone, "--out", lone)),
+        (2, "over a profile only", (profile, "--budget", 1, "--out", checkpoint / "model.safetensors")),
+        (2, "over a profile only", (profile, "--budget", 1, "--out", checkpoint / "config.json")),
     ):
         result = blindsight("profile", "retune", *args)
         assert (result.exit_code, result.stdout) == (code, ""), (message, result.stderr)

@@ -211,6 +211,7 @@ def test_calibrate_refuses_early(checkpoint: Path, prompts: Path, tmp_path: Path
         (2, "offsets of at least 1", (checkpoint, prompts, *out, "--sinks", "0:0")),
         (2, "below 2^31", (checkpoint, prompts, *out, "--sinks", f"0,{10**20}:1")),
         (2, "which is also PROMPTS", (checkpoint, prompts, "--out", prompts)),
+        (2, "over a profile only", (checkpoint, prompts, "--out", checkpoint / "config.json")),
         (2, "which is also --state", (checkpoint, prompts, *out, "--state", tmp_path / "p.json")),
         (2, "which is also --merge", (checkpoint, prompts, *out, "--state", mine, "--merge", mine)),
         (2, "There is no", (checkpoint, prompts, *out, "--merge", tmp_path / "absent.npz")),

@@ -6,10 +6,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 from blindsight_cli.errors import IncompatibleError
 from shared_profiles import family_of
 
+Kind = Literal["profile", "page", "benchmark"]
+_KINDS: dict[Kind, str] = {"profile": "a profile", "page": "an HTML page", "benchmark": "a result of blindsight bench"}
+_FOR_JAX = "blindsight_jax.json"  # as jax_blindsight.checkpoint calls it, which cannot be imported without JAX
 AGAIN = "Download or save the checkpoint again."
 
 
@@ -37,17 +41,38 @@ def check_family(folder: Path) -> None:
         raise IncompatibleError(f"{folder}: {error}") from error
 
 
-def require_writable(option: str, path: Path, others: Mapping[str, Path | None] | None = None) -> None:
+def is_for_jax(folder: Path) -> bool:
+    """Whether a folder holds weights that `blindsight convert` wrote for JAX."""
+    return (folder / _FOR_JAX).is_file()
+
+
+def require_for_torch(folder: Path) -> None:
+    """Refuses a folder that PyTorch cannot load.
+
+    Raises:
+        ValueError: its weights are converted for JAX.
+    """
+    if is_for_jax(folder):
+        raise ValueError(
+            f"PyTorch needs a checkpoint as save_pretrained writes it. Got {folder}, which `blindsight convert` wrote "
+            "for JAX. Use --backend jax where the command has it, or name the checkpoint that was converted."
+        )
+
+
+def require_writable(
+    option: str, path: Path, others: Mapping[str, Path | None] | None = None, *, kind: Kind | None = None
+) -> None:
     """Refuses, before the work, a file that could not be written after it, or whose writing would destroy another.
 
     Args:
         option: the option that named the file.
         path: the file.
         others: what else is read or written, by the option or argument that named it.
+        kind: what is written; a file that is there must be of that kind, or empty. Default: it may be any file.
 
     Raises:
-        ValueError: it is one of the others, or a folder, device or pipe, or the folder around it is missing or
-            read-only.
+        ValueError: it is one of the others, a folder, device or pipe, or of another kind, or the folder around it is
+            missing or read-only.
     """
     for other, its in (others or {}).items():
         if its is not None and its.resolve() == path.resolve():
@@ -61,6 +86,26 @@ def require_writable(option: str, path: Path, others: Mapping[str, Path | None] 
         wrong = f"there is no folder {folder}"
     elif not os.access(folder, os.W_OK):
         wrong = f"the folder {folder} is read-only"
+    elif kind is not None and path.is_file() and not _is_of(kind, path):
+        raise ValueError(
+            f"{option} may write over {_KINDS[kind]} only. Got {path}, which is something else. Name another, or "
+            "remove it first."
+        )
     else:
         return
     raise ValueError(f"{option} must name a file that can be written. Got {path}: {wrong}. Name another.")
+
+
+def _is_of(kind: Kind, path: Path) -> bool:
+    """Whether a file is of a kind, or empty; of large files of weights only the beginning is read."""
+    with path.open("rb") as file:
+        begin = file.read(64).lstrip()
+    if kind == "page" or not begin.startswith(b"{"):
+        return path.stat().st_size == 0 or (kind == "page" and begin.lower().startswith(b"<!doctype html"))
+    try:
+        document: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    if kind == "profile":
+        return str(document.get("schema")).startswith("blindsight.profile/")
+    return {"machine", "repeats", "rows"} <= set(document)

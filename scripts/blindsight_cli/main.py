@@ -83,7 +83,7 @@ def demo(
     ] = None,
     out: Annotated[Path, typer.Option(help="The report.")] = Path("report.html"),
     questions: Annotated[int, typer.Option(help="Questions per number of images.", min=1)] = 200,
-    calibration_prompts: Annotated[int, typer.Option(help="Prompts to calibrate on.", min=1)] = 96,
+    calibration_prompts: Annotated[int, typer.Option(help="Prompts to calibrate on, at least 16.", min=16)] = 96,
     seed: Annotated[int, typer.Option(help="Which held-out questions are asked.", min=0)] = 0,
     backend: Backend = "torch",
     as_json: Json = False,

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from blindsight_cli.folders import require_for_torch
 from shared_profiles import Family, Layout, SinkTemplate, SpecialTokens
 from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds
@@ -129,10 +130,11 @@ def load_backend(name: BackendName, folder: Path, *, dtype: str = "auto", device
 
     Raises:
         IncompatibleError: the family is not supported.
-        ValueError: not a whole checkpoint folder, or there is no such device.
+        ValueError: not a whole checkpoint folder, or one converted for the other framework, or there is no such device.
         OSError: a file cannot be read.
     """
     if name == "torch":
+        require_for_torch(folder)
         from blindsight_cli.backends.torch_backend import TorchBackend
 
         return TorchBackend(folder, dtype, device)

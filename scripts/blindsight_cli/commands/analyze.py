@@ -12,7 +12,7 @@ from blindsight_cli.analysis import Analysis, analyze, write_page
 from blindsight_cli.analysis.page import strongest
 from blindsight_cli.analysis.pictures import PARTS, layer_strength, offset_label, parts
 from blindsight_cli.errors import ExitCode
-from blindsight_cli.folders import check_family, require_writable
+from blindsight_cli.folders import check_family, require_for_torch, require_writable
 from blindsight_cli.loading import load_model, load_processor, pick_device
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
@@ -50,14 +50,18 @@ def run_analyze(
         The exit code.
 
     Raises:
-        ValueError: neither file nor puzzles or both, or what `read_prompts`, `load_model` and `analyze` refuse.
+        ValueError: neither file nor puzzles or both, a limit without a file, weights for JAX, or what `read_prompts`,
+            `load_model` and `analyze` refuse.
         ProfileError: the profile is damaged or belongs to another model.
         OSError: a file cannot be read or written.
     """
     if (data is None) == (puzzles is None):
         raise ValueError("an analysis needs prompts: name a JSONL file, or ask for --puzzles. Give one of them.")
+    if data is None and limit is not None:
+        raise ValueError("--limit takes the first prompts of a file: leave it out, or ask for fewer --puzzles.")
     check_family(checkpoint)
-    require_writable("--out", out, {"PROMPTS": data, "--profile": profile})
+    require_for_torch(checkpoint)
+    require_writable("--out", out, {"PROMPTS": data, "--profile": profile}, kind="page")
     lines = None if data is None else [p for p in read_prompts(data, limit) if len(p.images) >= 2]
     if lines is not None and not lines:
         raise ValueError(f"{data}: an analysis needs prompts with at least two images. Got none.")

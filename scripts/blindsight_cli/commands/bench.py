@@ -214,7 +214,7 @@ def run_bench(*, what: str, out: Path | None, repeats: int, as_json: bool) -> in
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1. Got {repeats}.")
     if out is not None:
-        require_writable("--out", out)
+        require_writable("--out", out, kind="benchmark")
     torch.manual_seed(0)
     cpu, cores = describe_cpu()
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")}

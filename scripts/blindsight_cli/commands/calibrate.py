@@ -185,7 +185,7 @@ def read_sinks(text: str, local_block: int | None) -> SinkTemplate:
 def _check_files(data: Path, out: Path, state: Path | None, merge: list[Path]) -> None:
     """Refuses, before the work, files that could not be written after it or would overwrite one another."""
     read = {"PROMPTS": data, **{f"--merge {file}": file for file in merge}}
-    require_writable("--out", out, {**read, "--state": state})
+    require_writable("--out", out, {**read, "--state": state}, kind="profile")
     if state is not None:
         require_writable("--state", state, read)
     for file in merge:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from blindsight_cli import report as reporting
@@ -49,7 +50,7 @@ def run_demo(
         model: a checkpoint folder; default: the shipped small model.
         out: where the HTML report goes.
         questions: questions asked per number of images.
-        calibration_prompts: prompts to calibrate on.
+        calibration_prompts: prompts to calibrate on; about a quarter of them is held out.
         seed: which held-out puzzles are drawn.
         backend: the framework that runs the model, on the CPU.
         as_json: print the figures as JSON instead of a table.
@@ -57,12 +58,12 @@ def run_demo(
     Returns:
         The exit code: 0.
     """
-    require_writable("--out", out)
+    require_writable("--out", out, kind="page")
     console = Console(stderr=as_json)
     folder = model or SHIPPED_MODEL
     vlm, processor = load_backend(backend, folder, device="cpu"), load_processor(folder)
     shape = vlm.facts.fingerprint
-    console.print(f"[bold]{folder.name}[/]: {shape.n_layers} layers x {shape.n_heads} heads, {shape.family}")
+    console.print(f"[bold]{escape(folder.name)}[/]: {shape.n_layers} layers x {shape.n_heads} heads, {shape.family}")
 
     first = evaluate.CALIBRATION_SEEDS + seed * calibration_prompts
     puzzles = evaluate.make_mixed_puzzles(calibration_prompts, first)
@@ -73,7 +74,11 @@ def run_demo(
         budget=Budget(evaluate.BUDGET),
     )
     counts = ", ".join(f"{n} {category.name}" for category, n in profile.counts().items())
-    console.print(f"calibrated on {calibration_prompts} prompts, a budget of {evaluate.BUDGET} nats: {counts}")
+    held_out = profile.choice["held_out_prompts"]
+    console.print(
+        f"calibrated on {calibration_prompts} prompts, a budget of {evaluate.BUDGET} nats measured on {held_out} of "
+        f"them, held out: {counts}"
+    )
 
     rows, examples = [], []
     for n_images in (2, 6):
@@ -88,7 +93,7 @@ def run_demo(
         print(json.dumps(data.to_json()))
     else:
         _print_tables(console, data)
-    console.print(f"report: [bold]{out}[/]")
+    console.print(f"report: [bold]{escape(str(out))}[/]", soft_wrap=True)
     return 0
 
 

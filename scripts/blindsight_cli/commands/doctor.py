@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blindsight_cli.errors import ExitCode, IncompatibleError, install_advice
+from blindsight_cli.folders import is_for_jax
 from blindsight_cli.output import print_json, results
 
 MINIMUM = {
@@ -26,7 +27,8 @@ MINIMUM = {
     "tqdm": "4.60",
 }
 """Lower bounds of what the PyTorch side needs, as in `pyproject.toml`."""
-OPTIONAL = ("triton", "jax")
+MINIMUM_JAX = {"jax": "0.11.2", "flax": "0.12.12", "orbax-checkpoint": "0.12.8", "ml-dtypes": "0.5"}
+"""Lower bounds of what the JAX side needs besides; only where there is JAX are they looked at."""
 PYTHON = (3, 12)
 OURS = {"shared_profiles": "masks.py", "blindsight_kernels": "reference.py", "torch_blindsight": "patching.py"}
 """Our packages, with a file that tells them from others of the same name."""
@@ -106,7 +108,8 @@ def check_versions() -> Iterator[Check]:
     good = sys.version_info >= PYTHON
     needed = ".".join(map(str, PYTHON))
     yield Check("python", OK if good else INCOMPATIBLE, python, "" if good else f"Use Python {needed} or later.")
-    for name, least in MINIMUM.items():
+    for_jax = {name: least for name, least in MINIMUM_JAX.items() if _version("jax") and _version(name)}
+    for name, least in {**MINIMUM, **for_jax}.items():
         found = _version(name)
         if found is None:
             yield Check(name, FAILED, "not installed", f"{install_advice('torch')}.")
@@ -115,8 +118,12 @@ def check_versions() -> Iterator[Check]:
             yield Check(name, INCOMPATIBLE, f"{found}, older than {least}", renew)
         else:
             yield Check(name, OK, found)
-    for name in OPTIONAL:
-        yield Check(name, INFO, _version(name) or "not installed; not needed")
+    yield Check("triton", INFO, _version("triton") or "not installed; not needed")
+    for name in MINIMUM_JAX:
+        if name not in for_jax:
+            yield Check(
+                name, INFO, _version(name) or "not installed; only --backend jax and blindsight convert need it"
+            )
 
 
 def check_names() -> str:
@@ -241,6 +248,9 @@ def _check_checkpoint(folder: Path) -> Iterator[Check]:
     from shared_profiles.profile import ProfileError
     from torch_blindsight import fingerprint
 
+    if is_for_jax(folder):
+        yield Check("checkpoint", INFO, "converted for JAX by blindsight convert; use it with --backend jax")
+        return
     try:
         model = load_model(folder)
     except (ValueError, OSError) as error:
@@ -261,7 +271,7 @@ def _check_checkpoint(folder: Path) -> Iterator[Check]:
     try:
         found = find_profile(print_, str(folder))
     except ProfileError as error:
-        yield Check("its profile", INCOMPATIBLE, str(error), "Remove that file, or run blindsight calibrate again.")
+        yield Check("its profile", INCOMPATIBLE, str(error), "Remove that file, and run blindsight calibrate again.")
         return
     if found is None:
         yield Check("its profile", INFO, f"none; make one with blindsight calibrate {folder} prompts.jsonl")

@@ -101,6 +101,8 @@ def run_eval(
         print_json(document)
     else:
         print_summary(figures)
+    if repeated := figures["n_repeated"]:
+        note(f"{repeated} of {len(items)} items repeat others: the interval is too narrow", style="yellow")
     for mark in figures["marks"]:
         note(mark, style="red")
     note(f"saved {out} and {file.path}")

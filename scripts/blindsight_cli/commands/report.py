@@ -18,16 +18,17 @@ def run_report(path: Path, out: Path, *, as_json: bool) -> int:
         ValueError: the file holds no report, or one of another version; or `out` cannot be written.
         OSError: a file cannot be read or written.
     """
-    require_writable("--out", out, {"RESULTS": path})
+    require_writable("--out", out, {"RESULTS": path}, kind="page")
     try:
         document = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, as `blindsight demo --json` prints it. Got: {error}.") from error
     try:
-        data = ReportData.from_json(document)
+        write_report(ReportData.from_json(document), out)
+    except OverflowError as error:
+        raise ValueError(f"{path} must hold numbers that can be drawn. Got one too large: {error}.") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    write_report(data, out)
     if as_json:
         print_json({"report": str(out)})
     else:

@@ -57,7 +57,7 @@ def run_retune(
     profile = Profile.load(path)
     out = out or path
     others = {} if verify_with is None else {"PROMPTS": verify_with[1]}
-    require_writable("--out", out, others)
+    require_writable("--out", out, others, kind="profile")
     check_quantile(Budget(how) if isinstance(how, float) else how)
     if ranking is not None and (verify_with is None or not isinstance(how, float)):
         raise ValueError("--ranking orders the heads of a new search: give --budget and --verify CHECKPOINT PROMPTS.")

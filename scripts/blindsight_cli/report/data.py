@@ -333,6 +333,7 @@ class ReportData(Record):
     budget: float | None = None
 
     def _validate(self) -> None:
+        at_least("budget", self.budget or 0.0, 0.0)
         shape = (self.model.n_layers, self.model.n_heads)
         _has_shape("categories", self.categories, shape)
         for layer, row in enumerate(self.categories):
