@@ -309,6 +309,13 @@ def test_a_prediction_that_fails_costs_no_measured_time(monkeypatch):
     assert row["predicted_note"] == "failed: ZeroDivisionError: division by zero"
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-5", "0"])
+def test_a_budget_that_is_no_time_is_refused(seconds, capsys):
+    with pytest.raises(SystemExit):
+        runner._parse(["--out", "x", "--part", "bounds", "--budget-seconds", seconds])
+    assert f"seconds must be finite and above 0. Got {seconds}" in capsys.readouterr().err
+
+
 def test_bad_requests_are_refused(tmp_path):
     unknown = python(GPU_CHECK, "--out", tmp_path, "--part", "speed")
     assert unknown.returncode == 2
