@@ -165,9 +165,8 @@ class Pruning:
             self._check_step(arguments, past - filled.length)
             return False
         if ids is not None:
-            special = (self._info.special.image, self._info.special.video)
             is_step = past > 0 and ids.shape[1] == 1
-            if is_step or not any(bool((ids == token).any()) for token in special if token is not None):
+            if is_step or not any(bool((ids == token).any()) for token in self._info.special.placeholders):
                 return False
         mask, labels, rows = arguments.get("attention_mask"), arguments.get("labels"), arguments.get("logits_to_keep")
         slides = [layer.is_sliding for layer in cache.layers] if cache is not None else []

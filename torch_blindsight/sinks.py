@@ -158,7 +158,7 @@ class WithoutDelimiters:
         special = self._info.special
         ids = args[0].cpu().numpy().copy()  # [B, N]
         places = np.arange(ids.shape[1])
-        marks = [i for i in (special.start, special.end, special.image, special.video) if i is not None]
+        marks = [special.start, special.end, *special.placeholders]
         for row in ids:
             text, delimiters = ~np.isin(row, marks), np.isin(row, (special.start, special.end))
             if not text.any():

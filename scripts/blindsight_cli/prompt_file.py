@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from blindsight_cli.loading import ask, check_image, load_image
+from shared_profiles.collection import of_prompt
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read_prompts(path: Path, limit: int | None = None, *, answered: bool = False
 
 
 def _parse(line: bytes, path: Path, number: int, answered: bool) -> Prompt:
-    where = f"{path}, line {number}"
+    where = _where(path, number)
     try:
         prompt = json.loads(line)
     except ValueError as error:  # not UTF-8, or not JSON
@@ -87,10 +87,8 @@ def _parse(line: bytes, path: Path, number: int, answered: bool) -> Prompt:
     for image in images:
         if not image.is_file():
             raise ValueError(f"{where}: an image must be a file, relative to the JSONL file. There is no {image}.")
-        try:
+        with of_prompt(where):
             check_image(image)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
     return Prompt(number, images, question, *(_answer(prompt, where) if answered else ()))
 
 
@@ -131,7 +129,7 @@ class PromptLoader:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for prompt in self.prompts:
             images = open_images(prompt, self.path)
-            with _named(prompt, self.path):
+            with of_prompt(_where(self.path, prompt.line)):
                 inputs = ask(self.processor, images, prompt.question, self.device)
             yield inputs
 
@@ -142,14 +140,10 @@ def open_images(prompt: Prompt, path: Path) -> list[Image.Image]:
     Raises:
         ValueError: one cannot be read; the message names the line.
     """
-    with _named(prompt, path):
+    with of_prompt(_where(path, prompt.line)):
         return [load_image(image) for image in prompt.images]
 
 
-@contextmanager
-def _named(prompt: Prompt, path: Path) -> Iterator[None]:
-    """Puts file and line in front of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}, line {prompt.line}: {error}") from error
+def _where(path: Path, line: int) -> str:
+    """File and line, for error messages."""
+    return f"{path}, line {line}"

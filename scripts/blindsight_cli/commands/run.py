@@ -17,6 +17,7 @@ from blindsight_cli.output import note, print_json, results
 from blindsight_cli.report import figures
 from blindsight_cli.timing import median_pair
 from shared_profiles import Category, Layout, SinkTemplate, count_model_pairs
+from shared_profiles.collection import of_prompt
 from shared_profiles.lookup import find_profile
 from shared_profiles.measured import divergence_of_one
 from shared_profiles.profile import Profile
@@ -85,10 +86,8 @@ def run_question(
     found = None if profile is None else Profile.load(profile)
     model = load_backend(backend, checkpoint, dtype=dtype, device=device)
     processor = load_processor(checkpoint)
-    try:
+    with of_prompt("--question and --image"):
         inputs = ask(processor, pictures, question, model.device)
-    except ValueError as error:
-        raise ValueError(f"--question and --image: {error}") from error
     session = _Session(model, processor, inputs, max_new_tokens)
     path = profile
     if found is not None:
