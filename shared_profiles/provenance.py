@@ -15,6 +15,9 @@ from shared_profiles.sink_statistics import learned_from
 from shared_profiles.statistics import Statistics
 from shared_profiles.template import SinkTemplate
 
+DISTRIBUTION = "blindsight-vlm"
+"""What all packages of this project are installed as."""
+
 
 def prompt_digest(inputs: Mapping[str, np.ndarray]) -> str:
     """A hash of what a processor returned for one prompt, whatever its order, memory layout and integer type.
@@ -84,7 +87,7 @@ def make_provenance(
         n_prompts=len(ids),
         n_tokens=statistics.n_tokens + sum(held_out.values()),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={name: installed(name) for name in ("blindsight", *packages, "numpy")},
+        versions={name: installed(name) for name in (DISTRIBUTION, *packages, "numpy")},
     )
 
 

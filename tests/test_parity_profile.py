@@ -45,7 +45,7 @@ def test_both_frameworks_measure_the_same(family, device, tmp_path):
     assert len(chosen) == 4
     assert a.fingerprint == b.fingerprint and a.choice == b.choice and a.template == b.template == TEMPLATE
     assert a.provenance.dataset_hash == b.provenance.dataset_hash
-    assert set(a.provenance.versions) == {"blindsight", "jax", "flax", "numpy"}
+    assert set(a.provenance.versions) == {"blindsight-vlm", "jax", "flax", "numpy"}
 
 
 def test_both_choose_the_same_within_a_budget(tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def test_the_profile(model, family):
     made = profile.provenance
     assert (made.dataset, made.n_prompts) == ("puzzles", 3)
     assert made.n_tokens == sum(x["input_ids"].shape[1] for x in prompts)
-    assert set(made.versions) == {"blindsight", "torch", "transformers", "numpy"}
+    assert set(made.versions) == {"blindsight-vlm", "torch", "transformers", "numpy"}
     again = calibrate(model, prompts[::-1] + prompts[:1], **options)
     assert again.summary == profile.summary, "neither the order nor repetitions matter"
     assert again.provenance.dataset_hash == made.dataset_hash

@@ -24,7 +24,7 @@ _EXTRAS = {
 
 
 def install_advice(extra: str) -> str:
-    """How to install an extra. From the source: on PyPI another project has the name `blindsight`."""
+    """How to install an extra: from the source, as nothing is published yet."""
     return f"In BlindSight's source folder: pip install '.[{extra}]'"
 
 

@@ -58,8 +58,10 @@ app.add_typer(profile_app, name="profile")
 
 def _version(asked: bool) -> None:
     if asked:
+        from shared_profiles.provenance import DISTRIBUTION
+
         try:
-            print(f"blindsight {version('blindsight')}")
+            print(f"blindsight {version(DISTRIBUTION)}")
         except PackageNotFoundError:
             print("blindsight, run from its source tree")
         raise typer.Exit
