@@ -180,11 +180,14 @@ class Collector[P]:
 
 @contextmanager
 def of_prompt(name: str) -> Iterator[None]:
-    """In this context a ValueError names the prompt that it is about."""
+    """In this context a ValueError names the prompt that it is about; a note to any other error does."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"in {name}")
+        raise
 
 
 def check_local_block(template: SinkTemplate | None, local_block: int | None) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
@@ -25,7 +26,7 @@ from shared_profiles.budget import Budget, chosen_point
 from shared_profiles.classifier import Thresholds
 from strategies import layouts
 from tiny_jax import in_numpy, twin
-from tiny_models import FAMILIES, make_ids, make_inputs
+from tiny_models import FAMILIES, make_ids, make_inputs, make_model
 
 QUIET = dict(template=SMALL, progress=False)
 PROGRAMS = [
@@ -160,6 +161,19 @@ def test_bfloat16_passes_through_every_program(family):
     lse, keys = (jax.ShapeDtypeStruct(*x) for x in (((1, text.n_heads, 128), jnp.float32), ((2, 128), jnp.int32)))
     back = partial(attention_backward, scale=1.0)
     assert list(jax.eval_shape(back, *heads, out, lse, out, keys)) == heads
+
+
+def test_a_sure_models_gradients_do_not_vanish_in_float16(tmp_path):
+    model, prompt = make_model("qwen2_5_vl"), make_inputs("qwen2_5_vl", [make_ids(3)], seed=3)
+    with torch.no_grad():
+        second, first = model(**prompt).logits[0, -1].sort().values[-2:]
+        model.get_decoder().norm.weight.mul_(30 / (first - second))
+    model.save_pretrained(tmp_path)
+    exact = measure_in_torch(model, prompt).harm["gradient"][0, :, :3]
+    params = jax_blindsight.load(tmp_path, dtype="float16")
+    rough = measure(params, in_numpy(prompt), SMALL, rankings=("gradient",)).harm["gradient"][:, :3]
+    assert rough.sum() == pytest.approx(exact.sum(), rel=0.25)
+    assert np.corrcoef(np.log(exact).ravel(), np.log(rough).ravel())[0, 1] > 0.98
 
 
 @pytest.mark.parametrize("ranking", ["residual", "error"])

@@ -233,6 +233,14 @@ def test_prompts_that_are_none(model, family):
         calibrate(model, [{"inputs_embeds": torch.zeros(1, 3, 64)}], **QUIET)
     with pytest.raises(ValueError, match=r"input_ids \[1, N\]. Got list"):
         calibrate(model, [good | {"input_ids": good["input_ids"].tolist()}], **QUIET)
+    with pytest.raises(
+        ValueError, match=r"^prompt 0: prompts must be a list .*Got a str\. Put a single prompt in a list"
+    ):
+        calibrate(model, good, **QUIET)
+    few = good | {"pixel_values": good["pixel_values"][: len(good["pixel_values"]) // 2]}
+    with pytest.raises(Exception) as raised:
+        calibrate(model, [good, few], **QUIET)
+    assert "prompt 1 (" in str(raised.value) + "".join(getattr(raised.value, "__notes__", []))
     elsewhere = good | {name: good[name].to("meta") for name in ("input_ids", "pixel_values")}
     with pytest.raises(ValueError, match=r"device, cpu. Got input_ids, pixel_values elsewhere: call .to\('cpu'\)"):
         calibrate(model, [elsewhere], **QUIET)
