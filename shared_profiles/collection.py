@@ -190,6 +190,16 @@ def of_prompt(name: str) -> Iterator[None]:
         raise
 
 
+def check_dataset(name: str) -> None:
+    """Refuses, before all is measured, a name that no provenance can have.
+
+    Raises:
+        ValueError: it is no text, or empty.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"dataset must be the data's name, a string that is not empty. Got {name!r}.")
+
+
 def check_local_block(template: SinkTemplate | None, local_block: int | None) -> None:
     """Refuses a width of local blocks beside a template, which has its own, or one that no template can have.
 

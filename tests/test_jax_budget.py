@@ -201,3 +201,7 @@ def test_what_cannot_be_searched_is_refused():
         jax_blindsight.calibrate(params, [], budget=0.1, thresholds=Thresholds(), **QUIET)
     with pytest.raises(ValueError, match=r"the budget must be a finite number of nats.* Got -1"):
         jax_blindsight.calibrate(params, [], budget=-1, **QUIET)
+    with pytest.raises(ValueError, match=r"the quantile must be a multiple of 0\.05 in \[0, 1\]\. Got 0\.33"):
+        jax_blindsight.calibrate(params, [], thresholds=Thresholds(quantile=0.33), **QUIET)
+    with pytest.raises(ValueError, match=r"dataset must be the data's name, a string that is not empty\. Got None"):
+        jax_blindsight.calibrate(params, [], dataset=None, **QUIET)

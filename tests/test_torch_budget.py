@@ -305,6 +305,10 @@ def test_what_cannot_be_searched_is_refused():
         frozen = make_model("qwen2_5_vl", n_layers=1)
     with pytest.raises(ValueError, match=r"weights that were made outside of torch.inference_mode\(\)"):
         calibrate(frozen, never(), **QUIET)
+    with pytest.raises(ValueError, match=r"the quantile must be a multiple of 0\.05 in \[0, 1\]\. Got 0\.33"):
+        calibrate(model, never(), thresholds=Thresholds(quantile=0.33), **QUIET)
+    with pytest.raises(ValueError, match=r"dataset must be the data's name, a string that is not empty\. Got ''"):
+        calibrate(model, never(), dataset="", **QUIET)
     with pytest.raises(ValueError, match="without labels"):
         calibrate(model, [prompts[0] | dict(labels=prompts[0]["input_ids"])], **QUIET)
     with pytest.raises(ValueError, match="calibration needs prompts with at least two images"):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from shared_profiles import SinkTemplate
 from shared_profiles.budget import Budget, budget_of, rankings_for, tune
 from shared_profiles.classifier import Thresholds
-from shared_profiles.collection import Collector, check_local_block, of_prompt
+from shared_profiles.collection import Collector, check_dataset, check_local_block, of_prompt
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, make_profile, make_provenance, prompt_digest
 from shared_profiles.sink_statistics import REACH, SinkMass
@@ -95,9 +95,9 @@ def calibrate(
     Raises:
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
             calibrated on; tokens and model are on different devices; the model is patched, or has weights made in
-            inference mode and a ranking by the gradient; budget and thresholds; template and local_block; a state is
-            of another model, template or rankings, or another run writes it; the processes of a group were given
-            different prompts.
+            inference mode and a ranking by the gradient; budget and thresholds; a quantile or a dataset's name that
+            cannot be; template and local_block; a state is of another model, template or rankings, or another run
+            writes it; the processes of a group were given different prompts.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
         OSError: the state cannot be written.
     """
@@ -105,6 +105,7 @@ def calibrate(
         raise ValueError("the model must not be patched while it is calibrated. Call unpatch() on its handle first.")
     limit = budget_of(budget, thresholds)
     check_local_block(template, local_block)
+    check_dataset(dataset)
     info = inspect_model(model)
     info.require_all_heads("calibration")
     if "gradient" in rankings_for(limit) and any(parameter.is_inference() for parameter in model.parameters()):
