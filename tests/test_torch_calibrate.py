@@ -255,6 +255,8 @@ def test_weights_that_are_not_numbers_are_named(model, family):
         model.get_submodule("model.language_model.layers.2.self_attn.q_proj").weight[16:32] = torch.nan
     with pytest.raises(ValueError, match=r"layer 2, head 1, SINK: mass must be in \[0, 1.001\]. Got nan"):
         calibrate(model, prompts_of(family, 1), **QUIET)
+    with pytest.raises(ValueError, match=r"^prompt 0 \(\w+\): what image rows look at, .* nan\. Are prompt and w"):
+        calibrate(model, prompts_of(family, 1), **QUIET | dict(template=None))
 
 
 @family_names
