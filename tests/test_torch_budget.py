@@ -210,6 +210,19 @@ def test_rankings_without_a_gradient(ranking):
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
+def test_the_forward_keeps_no_graph():
+    """Not even where inputs ask for gradients, as those of a model prepared for adapters do."""
+    model, inputs = make_model("qwen2_5_vl"), make_inputs("qwen2_5_vl", [make_ids(3)])
+    want = measure_in_torch(model, inputs).harm["gradient"]
+    model.enable_input_require_grads()
+    recorded = []
+    model.get_decoder().layers[1].register_forward_hook(lambda *args: recorded.append(args[2].requires_grad))
+    model.model.visual.register_forward_hook(lambda *args: recorded.append(args[2].pooler_output.requires_grad))
+    np.testing.assert_array_equal(measure_in_torch(model, inputs).harm["gradient"], want)
+    assert recorded == [False, False, True], "the pictures, a layer, and that layer again"
+    assert torch.is_grad_enabled()
+
+
 def test_a_sure_models_gradients_do_not_vanish_in_float16():
     """The surer the model the smaller they are, and the answers of real models are mostly sure."""
     model, inputs = make_model("qwen2_5_vl"), make_inputs("qwen2_5_vl", [make_ids(3)], seed=3)

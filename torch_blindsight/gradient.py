@@ -107,6 +107,7 @@ def measure_with_gradient(model: nn.Module, mode: GradientMode, prompt: Mapping[
 
     def cut(layer: nn.Module, args: tuple, output: Any) -> Any:
         """The last layer's output becomes a leaf: only what follows it is differentiated at once."""
+        torch.set_grad_enabled(True)
         hidden = output[0] if isinstance(output, tuple) else output
         last.append(hidden.detach().requires_grad_())
         return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
@@ -116,7 +117,8 @@ def measure_with_gradient(model: nn.Module, mode: GradientMode, prompt: Mapping[
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        logits = next_token_logits(model, prompt)  # [1, V]
+        with torch.no_grad():  # until `cut`: embeddings that ask for gradients would keep a graph of all layers
+            logits = next_token_logits(model, prompt)  # [1, V]
         if mode.observer is None:
             return None
         for hook in hooks:
