@@ -23,7 +23,7 @@ from jax_blindsight.sinks import measure_sinks
 from shared_profiles import SinkTemplate, count_layer_pairs
 from shared_profiles.budget import Budget, budget_of, rankings_for, tune
 from shared_profiles.classifier import Thresholds
-from shared_profiles.collection import Collector, check_local_block, of_prompt
+from shared_profiles.collection import Collector, check_dataset, check_local_block, of_prompt
 from shared_profiles.fisher import prompt_seed
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, make_profile, make_provenance, prompt_digest
@@ -86,14 +86,16 @@ def calibrate(
 
     Raises:
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
-            calibrated on; budget and thresholds; template and local_block; a state is of another model, template or
-            rankings, or another run writes it; the weights were changed since `load`; an unknown `impl`.
+            calibrated on; budget and thresholds; a quantile or a dataset's name that cannot be; template and
+            local_block; a state is of another model, template or rankings, or another run writes it; the weights were
+            changed since `load`; an unknown `impl`.
         NotImplementedError, ImportError: see `sparse_prefill`.
         OSError: the state cannot be written.
     """
     params.require_loaded()
     limit = budget_of(budget, thresholds)
     check_local_block(template, local_block)
+    check_dataset(dataset)
     rankings, split = rankings_for(limit), None if limit is None else _split(held_out)
     with one_writer(state):
         collector = Collector(

@@ -31,7 +31,7 @@ from jax_blindsight.observe import Observer
 from jax_blindsight.sharding import MODEL, on_devices, sharded_rows
 from jax_blindsight.stack import begin, rotations_of
 from shared_profiles import Category, Layout
-from shared_profiles.fisher import fisher_vector
+from shared_profiles.fisher import fisher_vector, magnified
 from shared_profiles.layout import concatenated_ranges
 
 # Rows and keys of a block of the attention's gradients at most, and its scores over all heads: 128 MiB in float32. A
@@ -57,7 +57,7 @@ def measure_with_gradient(observer: Observer, seed: int) -> None:
 
     last = observer.run(attend_layer, lambda _, read: inputs.append(read.copy()))
     row = np.int32(layout.stop - 1)
-    vector = fisher_vector(np.asarray(_logits(weights, last, row, config=config)), seed)
+    vector, observer.unit = magnified(fisher_vector(np.asarray(_logits(weights, last, row, config=config)), seed))
     gradient = _by_last(weights, last, row, vector, config=config)
     rotations = rotations_of(params, observer.positions)
     for layer in reversed(range(config.text.n_layers)):

@@ -49,7 +49,10 @@ class Observer:
             all that is measured.
         bucket: T, the bucket that the prompt is padded to.
         positions: `[3, 1, T]` or `[1, T]` int32, as `run_layers` takes them.
+        unit: of the gradients, see `shared_profiles.fisher.magnified`.
     """
+
+    unit = 1.0
 
     def __init__(
         self,
@@ -120,10 +123,13 @@ class Observer:
     def tables(self) -> dict[str, np.ndarray]:
         """What was measured, `[3, L, H]` float32 each: `"mass"`, `"error"` and each ranking's harm."""
         found = jax.device_get([self._found[layer] for layer in sorted(self._found)])
-        return {
+        tables = {
             name: np.stack([[by_category[c][name] for by_category in found] for c in range(len(SPARSE))])
             for name in ("mass", "error", *self._rankings)
         }
+        if "gradient" in tables:
+            tables["gradient"] *= np.float32(self.unit**2)
+        return tables
 
 
 def observer_of(

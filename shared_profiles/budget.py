@@ -22,7 +22,7 @@ from shared_profiles.measured import Measure
 from shared_profiles.path import kept_pairs, pairs_of, path_of
 from shared_profiles.profile import CurvePoint, Profile
 from shared_profiles.profile_parts import heads_of
-from shared_profiles.summary import RANKINGS, Summary
+from shared_profiles.summary import LEVELS, RANKINGS, Summary
 
 EVALUATIONS = 12
 """Choices that a search measures at most."""
@@ -66,11 +66,13 @@ def budget_of(budget: Budget | float | None, thresholds: Thresholds | None) -> B
     """The budget that the options of a `calibrate` mean; None to choose by thresholds.
 
     Raises:
-        ValueError: both are given, or the budget cannot be.
+        ValueError: both are given, the budget cannot be, or statistics do not keep the thresholds' quantile.
     """
     if budget is not None and thresholds is not None:
         raise ValueError("categories must be chosen by a budget or by thresholds. Got both. Leave one out.")
     if thresholds is not None:
+        if thresholds.quantile not in LEVELS:  # said before all is measured
+            raise ValueError(f"the quantile must be a multiple of 0.05 in [0, 1]. Got {thresholds.quantile}.")
         return None
     return budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
 

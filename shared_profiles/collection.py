@@ -180,11 +180,24 @@ class Collector[P]:
 
 @contextmanager
 def of_prompt(name: str) -> Iterator[None]:
-    """In this context a ValueError names the prompt that it is about."""
+    """In this context a ValueError names the prompt that it is about; a note to any other error does."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"in {name}")
+        raise
+
+
+def check_dataset(name: str) -> None:
+    """Refuses, before all is measured, a name that no provenance can have.
+
+    Raises:
+        ValueError: it is no text, or empty.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"dataset must be the data's name, a string that is not empty. Got {name!r}.")
 
 
 def check_local_block(template: SinkTemplate | None, local_block: int | None) -> None:

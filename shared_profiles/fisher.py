@@ -58,6 +58,17 @@ def fisher_vector(logits: np.ndarray, seed: int) -> np.ndarray:
     return vector
 
 
+def magnified(vector: np.ndarray) -> tuple[np.ndarray, float]:
+    """A vector whose largest entry is in [32, 64), and what it must be multiplied by to be the given one again.
+
+    A sure model's vector is so small that its gradients would be 0 in float16. The factor is a power of two, so that
+    wider types compute the same bits.
+    """
+    _, exponent = np.frexp(np.abs(vector).max())
+    unit = 2.0 ** (int(exponent) - 6) if vector.any() else 1.0
+    return (vector / unit).astype(np.float32), unit
+
+
 def prompt_seed(input_ids: np.ndarray) -> int:
     """The seed of a prompt's vector: by its tokens, whatever their integer type."""
     return zlib.crc32(np.ascontiguousarray(input_ids, dtype="<i8").tobytes())

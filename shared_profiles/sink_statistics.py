@@ -115,7 +115,10 @@ class SinkMass:
         for name in ("own", "text", "others", "pairs"):
             array = np.array(getattr(self, name), dtype=np.float32)
             if not (np.isfinite(array) & (array >= 0)).all():
-                raise ValueError(f"{name} must be finite and at least 0. Got {array.min()} to {array.max()}.")
+                raise ValueError(
+                    f"what image rows look at, {name}, must be finite and at least 0. Got {array.min()} to "
+                    f"{array.max()}. Are prompt and weights in order, and is their dtype wide enough?"
+                )
             object.__setattr__(self, name, read_only(array))
         shape, n_bins = self.own.shape, self.others.shape[-1]
         wanted = {"text": shape, "others": (*shape, n_bins), "pairs": (*shape[:1], n_bins)}

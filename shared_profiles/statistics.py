@@ -266,10 +266,10 @@ class Statistics:
 
     @classmethod
     def _read(cls, file: io.BufferedReader) -> Statistics:
-        loaded = np.load(file, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-        with loaded:
+        if not zipfile.is_zipfile(file):  # NumPy would advise to unpickle it
+            raise ValueError("no whole .npz archive")
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as loaded:
             schema = str(loaded["schema"])
             if schema not in (SCHEMA, WITHOUT_SINKS):
                 raise ValueError(f"the schema {schema!r}")

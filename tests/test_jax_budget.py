@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
@@ -25,7 +26,7 @@ from shared_profiles.budget import Budget, chosen_point
 from shared_profiles.classifier import Thresholds
 from strategies import layouts
 from tiny_jax import in_numpy, twin
-from tiny_models import FAMILIES, make_ids, make_inputs
+from tiny_models import FAMILIES, make_ids, make_inputs, make_model
 
 QUIET = dict(template=SMALL, progress=False)
 PROGRAMS = [
@@ -162,6 +163,19 @@ def test_bfloat16_passes_through_every_program(family):
     assert list(jax.eval_shape(back, *heads, out, lse, out, keys)) == heads
 
 
+def test_a_sure_models_gradients_do_not_vanish_in_float16(tmp_path):
+    model, prompt = make_model("qwen2_5_vl"), make_inputs("qwen2_5_vl", [make_ids(3)], seed=3)
+    with torch.no_grad():
+        second, first = model(**prompt).logits[0, -1].sort().values[-2:]
+        model.get_decoder().norm.weight.mul_(30 / (first - second))
+    model.save_pretrained(tmp_path)
+    exact = measure_in_torch(model, prompt).harm["gradient"][0, :, :3]
+    params = jax_blindsight.load(tmp_path, dtype="float16")
+    rough = measure(params, in_numpy(prompt), SMALL, rankings=("gradient",)).harm["gradient"][:, :3]
+    assert rough.sum() == pytest.approx(exact.sum(), rel=0.25)
+    assert np.corrcoef(np.log(exact).ravel(), np.log(rough).ravel())[0, 1] > 0.98
+
+
 @pytest.mark.parametrize("ranking", ["residual", "error"])
 def test_both_backends_find_the_same(ranking):
     """Equal statistics and equal divergences, so equal points; one compiled program a point."""
@@ -187,3 +201,7 @@ def test_what_cannot_be_searched_is_refused():
         jax_blindsight.calibrate(params, [], budget=0.1, thresholds=Thresholds(), **QUIET)
     with pytest.raises(ValueError, match=r"the budget must be a finite number of nats.* Got -1"):
         jax_blindsight.calibrate(params, [], budget=-1, **QUIET)
+    with pytest.raises(ValueError, match=r"the quantile must be a multiple of 0\.05 in \[0, 1\]\. Got 0\.33"):
+        jax_blindsight.calibrate(params, [], thresholds=Thresholds(quantile=0.33), **QUIET)
+    with pytest.raises(ValueError, match=r"dataset must be the data's name, a string that is not empty\. Got None"):
+        jax_blindsight.calibrate(params, [], dataset=None, **QUIET)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shared_profiles.fisher import fisher_vector, prompt_seed
+from shared_profiles.fisher import fisher_vector, magnified, prompt_seed
 
 
 def softmax(logits):
@@ -45,6 +45,16 @@ def test_nearly_equal_logits_give_nearly_equal_vectors():
         vector = fisher_vector(logits, seed)
         np.testing.assert_allclose(other, vector, rtol=0, atol=1e-3 * np.abs(vector).max())
         assert np.abs(vector - fisher_vector(logits, seed + 100)).max() > 0.1 * np.abs(vector).max()
+
+
+def test_a_small_vector_is_magnified_exactly():
+    vector = fisher_vector(np.array([[40.0, 1.0, 0.0, -3.0]]), 0)
+    assert np.abs(vector).max() < 1e-7
+    large, unit = magnified(vector)
+    assert 32 <= np.abs(large).max() < 64
+    np.testing.assert_array_equal(large * np.float32(unit), vector)
+    nothing, unit = magnified(np.zeros((1, 4), np.float32))
+    assert not nothing.any() and unit == 1
 
 
 def test_the_seed_is_of_the_tokens_alone():

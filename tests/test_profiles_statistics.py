@@ -289,12 +289,12 @@ def damage(content: bytes, kind: str) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("empty", "."),
-        ("truncated", "."),
+        ("empty", "no whole .npz archive"),
+        ("truncated", "no whole .npz archive"),
         ("a flipped bit", "Bad CRC-32"),
-        ("pickle", "."),
+        ("pickle", "no whole .npz archive"),
         ("objects inside", "allow_pickle"),
-        ("single array", "a single array"),
+        ("single array", "no whole .npz archive"),
         ("a newer version", "the schema 'blindsight.statistics/4'"),
         ("a missing member", "the members"),
         ("too few counts", "arrays of shapes"),

@@ -33,6 +33,7 @@ from torch_blindsight.implementations import implementation
 from torch_blindsight.models import inspect_model
 from torch_blindsight.patching import Handle
 from torch_blindsight.residual import ResidualStream
+from torch_blindsight.sinks import measure_sinks
 
 QUIET = dict(template=SMALL, progress=False)
 
@@ -209,6 +210,55 @@ def test_rankings_without_a_gradient(ranking):
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
+def test_the_forward_keeps_no_graph():
+    """Not even where inputs ask for gradients, as those of a model prepared for adapters do."""
+    model, inputs = make_model("qwen2_5_vl"), make_inputs("qwen2_5_vl", [make_ids(3)])
+    want = measure_in_torch(model, inputs).harm["gradient"]
+    model.enable_input_require_grads()
+    recorded = []
+    model.get_decoder().layers[1].register_forward_hook(lambda *args: recorded.append(args[2].requires_grad))
+    model.model.visual.register_forward_hook(lambda *args: recorded.append(args[2].pooler_output.requires_grad))
+    np.testing.assert_array_equal(measure_in_torch(model, inputs).harm["gradient"], want)
+    assert recorded == [False, False, True], "the pictures, a layer, and that layer again"
+    assert torch.is_grad_enabled()
+
+
+def test_a_sure_models_gradients_do_not_vanish_in_float16():
+    """The surer the model the smaller they are, and the answers of real models are mostly sure."""
+    model, inputs = make_model("qwen2_5_vl"), make_inputs("qwen2_5_vl", [make_ids(3)], seed=3)
+    with torch.no_grad():
+        second, first = model(**inputs).logits[0, -1].sort().values[-2:]
+        model.get_decoder().norm.weight.mul_(30 / (first - second))
+    exact = measure_in_torch(model, inputs).harm["gradient"][0, :, :3]
+    low = {name: x.half() if x.is_floating_point() else x for name, x in inputs.items()}
+    rough = measure_in_torch(model.half(), low).harm["gradient"][0, :, :3]
+    assert exact.sum() < 1e-8
+    assert rough.sum() == pytest.approx(exact.sum(), rel=0.2)
+    assert np.corrcoef(np.log(exact).ravel(), np.log(rough).ravel())[0, 1] > 0.98
+
+
+@family_names
+def test_padding_behind_a_prompt_is_not_taken_for_its_end(family):
+    """The next token is the one after the prompt, not after the padding, where nothing changes it."""
+    model, padded = make_model(family), []
+    prompts = prompts_of(family, 4)
+    for prompt in prompts:
+        rows = {name: x for name, x in prompt.items() if x.shape == prompt["input_ids"].shape}
+        padded.append(prompt | {name: torch.nn.functional.pad(x, (0, 5)) for name, x in rows.items()})
+    plain, behind = (
+        calibrate(model, some[:2], held_out=some[2:], budget=Budget(1e-4, "error"), **QUIET)
+        for some in (prompts, padded)
+    )
+    np.testing.assert_array_equal(behind.categories, plain.categories)
+    assert len(behind.curve) == len(plain.curve) > 2
+    for mine, other in zip(behind.curve, plain.curve, strict=True):
+        assert mine.kl == pytest.approx(other.kl, rel=1e-3, abs=1e-6)
+    harm = measure_in_torch(model, padded[0]).harm["gradient"]
+    assert (harm[:, :, :3] > 0).all()
+    (mine,), (other,) = measure_sinks(model, padded[:1]), measure_sinks(model, prompts[:1])
+    np.testing.assert_allclose(mine.log_probs, other.log_probs, rtol=0, atol=1e-4)
+
+
 def test_gradients_are_taken_where_the_caller_has_turned_them_off():
     """Serving code runs without gradients: the calibration inside it, its prompts made there, gives the same bits."""
     model = make_model("qwen2_5_vl", n_layers=2)
@@ -268,12 +318,23 @@ def test_what_cannot_be_searched_is_refused():
         frozen = make_model("qwen2_5_vl", n_layers=1)
     with pytest.raises(ValueError, match=r"weights that were made outside of torch.inference_mode\(\)"):
         calibrate(frozen, never(), **QUIET)
+    with pytest.raises(ValueError, match=r"the quantile must be a multiple of 0\.05 in \[0, 1\]\. Got 0\.33"):
+        calibrate(model, never(), thresholds=Thresholds(quantile=0.33), **QUIET)
+    with pytest.raises(ValueError, match=r"dataset must be the data's name, a string that is not empty\. Got ''"):
+        calibrate(model, never(), dataset="", **QUIET)
     with pytest.raises(ValueError, match="without labels"):
         calibrate(model, [prompts[0] | dict(labels=prompts[0]["input_ids"])], **QUIET)
     with pytest.raises(ValueError, match="calibration needs prompts with at least two images"):
         calibrate(model, lone, held_out=0.4, **QUIET)
     with pytest.raises(ValueError, match="must not be calibrated on"):
         calibrate(model, prompts, held_out=prompts[:1], **QUIET)
+    with pytest.raises(ValueError, match=r"held-out prompt 1: .* input_ids \[1, N\]"):
+        calibrate(model, never(), held_out=[prompts[0], {}], **QUIET)
+    with pytest.raises(ValueError, match=r"^held-out prompt 0: prompts must be a list .*Got a str"):
+        calibrate(model, never(), held_out=prompts[0], **QUIET)
+    dark = prompts[0] | {"pixel_values": prompts[0]["pixel_values"] * torch.nan}
+    with pytest.raises(ValueError, match=r"^held-out prompt [0-9a-f]{32}: the model must answer with numbers"):
+        calibrate(model, prompts[1:], held_out=[dark], budget=Budget(ranking="error"), **QUIET)
     assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "_blindsight_handle")
 
 

@@ -233,6 +233,14 @@ def test_prompts_that_are_none(model, family):
         calibrate(model, [{"inputs_embeds": torch.zeros(1, 3, 64)}], **QUIET)
     with pytest.raises(ValueError, match=r"input_ids \[1, N\]. Got list"):
         calibrate(model, [good | {"input_ids": good["input_ids"].tolist()}], **QUIET)
+    with pytest.raises(
+        ValueError, match=r"^prompt 0: prompts must be a list .*Got a str\. Put a single prompt in a list"
+    ):
+        calibrate(model, good, **QUIET)
+    few = good | {"pixel_values": good["pixel_values"][: len(good["pixel_values"]) // 2]}
+    with pytest.raises(Exception) as raised:
+        calibrate(model, [good, few], **QUIET)
+    assert "prompt 1 (" in str(raised.value) + "".join(getattr(raised.value, "__notes__", []))
     elsewhere = good | {name: good[name].to("meta") for name in ("input_ids", "pixel_values")}
     with pytest.raises(ValueError, match=r"device, cpu. Got input_ids, pixel_values elsewhere: call .to\('cpu'\)"):
         calibrate(model, [elsewhere], **QUIET)
@@ -247,6 +255,8 @@ def test_weights_that_are_not_numbers_are_named(model, family):
         model.get_submodule("model.language_model.layers.2.self_attn.q_proj").weight[16:32] = torch.nan
     with pytest.raises(ValueError, match=r"layer 2, head 1, SINK: mass must be in \[0, 1.001\]. Got nan"):
         calibrate(model, prompts_of(family, 1), **QUIET)
+    with pytest.raises(ValueError, match=r"^prompt 0 \(\w+\): what image rows look at, .* nan\. Are prompt and w"):
+        calibrate(model, prompts_of(family, 1), **QUIET | dict(template=None))
 
 
 @family_names

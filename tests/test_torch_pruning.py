@@ -165,6 +165,21 @@ def test_a_pruned_prompt_is_one_whose_pruned_tokens_nobody_sees(model, family, l
 
 
 @family_names
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("n_left", [0, 1])
+def test_fewer_than_two_images_are_left(model, family, layer, n_left):
+    """Then all that is left is seen, as in any prompt of fewer than two images."""
+    inputs, profile = one_prompt(family), mixed_profile(model, seed=3)
+    layout = layout_of(model, inputs)
+    gone = np.concatenate([np.arange(begin, end) for begin, _, _, end in layout.images[n_left:]])
+    kept = tuple(np.setdiff1d(np.arange(layout.n_tokens), gone).tolist())
+    with patch(model, profile, pruner=Fixed(kept, layer)):
+        got = model(**inputs).logits[0]
+    want = HiddenTokens(model, profile, layer, kept).logits(inputs, layout.n_tokens)
+    torch.testing.assert_close(got, want, **EXACT)
+
+
+@family_names
 def test_keeping_all_and_prompts_that_run_dense(model, family):
     """All tokens kept is not pruned at all; a prompt that runs dense is pruned like any other."""
     inputs = one_prompt(family)

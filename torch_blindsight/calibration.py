@@ -20,7 +20,7 @@ from tqdm import tqdm
 from shared_profiles import SinkTemplate
 from shared_profiles.budget import Budget, budget_of, rankings_for, tune
 from shared_profiles.classifier import Thresholds
-from shared_profiles.collection import Collector, check_local_block
+from shared_profiles.collection import Collector, check_dataset, check_local_block, of_prompt
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, make_profile, make_provenance, prompt_digest
 from shared_profiles.sink_statistics import REACH, SinkMass
@@ -95,9 +95,9 @@ def calibrate(
     Raises:
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
             calibrated on; tokens and model are on different devices; the model is patched, or has weights made in
-            inference mode and a ranking by the gradient; budget and thresholds; template and local_block; a state is
-            of another model, template or rankings, or another run writes it; the processes of a group were given
-            different prompts.
+            inference mode and a ranking by the gradient; budget and thresholds; a quantile or a dataset's name that
+            cannot be; template and local_block; a state is of another model, template or rankings, or another run
+            writes it; the processes of a group were given different prompts.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
         OSError: the state cannot be written.
     """
@@ -105,6 +105,7 @@ def calibrate(
         raise ValueError("the model must not be patched while it is calibrated. Call unpatch() on its handle first.")
     limit = budget_of(budget, thresholds)
     check_local_block(template, local_block)
+    check_dataset(dataset)
     info = inspect_model(model)
     info.require_all_heads("calibration")
     if "gradient" in rankings_for(limit) and any(parameter.is_inference() for parameter in model.parameters()):
@@ -188,8 +189,14 @@ def measuring(
 
 def _given(model: nn.Module, info: ModelInfo, prompts: Iterable[Mapping[str, Any]]) -> Given[Mapping[str, Any]]:
     """Held-out prompts of the caller's own, checked."""
-    given: dict[str, Mapping[str, Any]] = {prompt_digest(_arrays(model, p)): moved(p, "cpu") for p in prompts}
-    require_held_out(sum(_n_images(prompt, info) >= 2 for prompt in given.values()), len(given))
+    given: dict[str, Mapping[str, Any]] = {}
+    telling = 0
+    for number, prompt in enumerate(prompts):
+        with of_prompt(f"held-out prompt {number}"):
+            digest = prompt_digest(_arrays(model, prompt))
+            given[digest] = moved(prompt, "cpu")
+            telling += _n_images(prompt, info) >= 2
+    require_held_out(telling, len(given))
     return Given(given)
 
 
@@ -214,6 +221,11 @@ class _Aside(Split[Mapping[str, Any]]):
 
 def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
     """Refuses what is not one prompt on the model's device."""
+    if not isinstance(prompt, Mapping):
+        raise ValueError(
+            f"prompts must be a list of what the processor returns, tensors by name. Got a {type(prompt).__name__}. "
+            "Put a single prompt in a list."
+        )
     ids = prompt.get("input_ids")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or len(ids) != 1:
         raise ValueError(

@@ -15,16 +15,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared_profiles import Category, Layout, SinkTemplate
-from shared_profiles.fisher import fisher_vector, prompt_seed
+from shared_profiles.fisher import fisher_vector, magnified, prompt_seed
 from torch_blindsight.attention import Prefill, announce
 from torch_blindsight.models import unpack
 from torch_blindsight.observe import ObserveMode, Observer
 from torch_blindsight.portable import portable_attention
+from torch_blindsight.prompts import next_token_logits
 from torch_blindsight.residual import decoder_layers
 
 
@@ -105,6 +107,7 @@ def measure_with_gradient(model: nn.Module, mode: GradientMode, prompt: Mapping[
 
     def cut(layer: nn.Module, args: tuple, output: Any) -> Any:
         """The last layer's output becomes a leaf: only what follows it is differentiated at once."""
+        torch.set_grad_enabled(True)
         hidden = output[0] if isinstance(output, tuple) else output
         last.append(hidden.detach().requires_grad_())
         return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
@@ -114,16 +117,18 @@ def measure_with_gradient(model: nn.Module, mode: GradientMode, prompt: Mapping[
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        logits = model(**prompt, use_cache=False, logits_to_keep=1).logits[:, -1]  # [B, V]
+        with torch.no_grad():  # until `cut`: embeddings that ask for gradients would keep a graph of all layers
+            logits = next_token_logits(model, prompt)  # [1, V]
         if mode.observer is None:
             return None
         for hook in hooks:
             hook.remove()
         seed = prompt_seed(prompt["input_ids"].cpu().numpy())
-        vector = torch.from_numpy(fisher_vector(logits.detach().float().cpu().numpy(), seed)).to(logits.device)
-        (gradient,) = torch.autograd.grad((vector * logits.float()).sum(), last.pop())
+        vector, unit = magnified(fisher_vector(logits.detach().float().cpu().numpy(), seed))
+        (gradient,) = torch.autograd.grad(logits.float(), last.pop(), torch.from_numpy(vector).to(logits.device))
         unpack(model)
         mode.observer.backward(calls, gradient)
+        mode.observer.harm["gradient"] *= np.float32(unit**2)
         return mode.observer
     finally:
         for hook in hooks:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from shared_profiles import Layout
+from shared_profiles.collection import of_prompt
 from shared_profiles.measured import Measured, divergence
 from shared_profiles.processes import ALONE, Processes
 from shared_profiles.profile import Profile
@@ -23,6 +24,7 @@ from torch_blindsight.implementations import Implementation
 from torch_blindsight.models import ModelInfo
 from torch_blindsight.modes import Mode, SparseMode
 from torch_blindsight.patching import Handle
+from torch_blindsight.prompts import next_token_logits
 
 
 class HeldOut:
@@ -41,7 +43,7 @@ class HeldOut:
         n_tokens: how long each prompt is that is measured, by its digest in ascending order.
 
     Raises:
-        ValueError: no prompt has two images.
+        ValueError: no prompt has two images; or one is malformed, or makes the model answer NaN.
     """
 
     def __init__(
@@ -64,7 +66,13 @@ class HeldOut:
                 if not processes.is_mine(turn):
                     continue
                 reference.layout = None
-                log_probs = self._log_probs(prompts[prompt_id])
+                with of_prompt(f"held-out prompt {prompt_id}"):
+                    log_probs = self._log_probs(prompts[prompt_id])
+                    if reference.layout is not None and np.isnan(log_probs).any():
+                        raise ValueError(
+                            "the model must answer with numbers. Got NaN or inf in the logits of the next token. Are "
+                            "prompt and weights in order, and is their dtype wide enough?"
+                        )
                 if reference.layout is not None:
                     self._prompts[prompt_id], self._dense[prompt_id] = prompts[prompt_id], log_probs
                     layout = reference.layout
@@ -102,8 +110,7 @@ class HeldOut:
     def _log_probs(self, prompt: Mapping[str, Any]) -> np.ndarray:
         """`[1, V]` float32."""
         here = moved(prompt, next(self._model.parameters()).device)
-        logits: torch.Tensor = self._model(**here, use_cache=False, logits_to_keep=1).logits[:, -1]
-        return logits.float().log_softmax(-1).cpu().numpy()
+        return next_token_logits(self._model, here).float().log_softmax(-1).cpu().numpy()
 
 
 def moved(prompt: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:

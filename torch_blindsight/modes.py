@@ -80,6 +80,8 @@ class SparseMode:
             return run(layouts, q, k, v, categories)
         out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
         for mine, heads in ((~lone, categories), (lone, np.full_like(categories, Category.DENSE))):
+            if not mine.any():  # a pruner has left fewer than two images of its one prompt
+                continue
             numbers = np.flatnonzero(mine)
             rows = as_index(numbers, q.device)
             out[rows] = run([layouts[b] for b in numbers], q[rows], k[rows], v[rows], heads)

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from shared_profiles import Family, Layout, SpecialTokens
@@ -226,6 +226,15 @@ def _chunk_frames(rows: np.ndarray, valid: np.ndarray | None, special: SpecialTo
         # Every frame group starts at the same height and width.
         counts.append([int(((height[b, s:e] == height[b, s]) & (width[b, s:e] == width[b, s])).sum()) for s, e in row])
     return counts
+
+
+def next_token_logits(model: nn.Module, prompt: Mapping[str, Any]) -> Tensor:
+    """Runs one prompt, and gives the logits of the token after it, `[1, V]`, wherever its padding is."""
+    mask, n_after = prompt.get("attention_mask"), 0
+    if mask is not None and mask.ndim == 2:
+        n_after = int((mask[0] != 0).flip(0).int().argmax())
+    logits: Tensor = model(**prompt, use_cache=False, logits_to_keep=1 + n_after).logits[:, 0]
+    return logits
 
 
 def worth_it(layouts: list[Layout], q_start: int) -> None:

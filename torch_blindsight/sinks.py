@@ -24,7 +24,7 @@ from torch_blindsight.implementations import Attend, Name, implementation
 from torch_blindsight.models import ModelInfo, inspect_model
 from torch_blindsight.modes import Mode
 from torch_blindsight.patching import Handle
-from torch_blindsight.prompts import Dense
+from torch_blindsight.prompts import Dense, next_token_logits
 
 # Scores of all heads that exist at once; on a GPU more, in fewer launches (estimates: 0.5 GiB in float32).
 _SCORES, _SCORES_CUDA = 1 << 22, 1 << 27
@@ -213,7 +213,7 @@ def measure_sinks(
 def read_sinks(model: nn.Module, mode: SinkMode, prompt: Mapping[str, Any]) -> SinkReading | None:
     """Where the image rows of one prompt look, `observing` with this mode; None if it has fewer than two images."""
     mode.meter = None
-    logits = model(**prompt, use_cache=False, logits_to_keep=1).logits[0, -1]
+    (logits,) = next_token_logits(model, prompt)
     mass = None if mode.meter is None else mode.meter.records()[0]
     return None if mass is None else SinkReading(mass, logits.double().log_softmax(-1).cpu().numpy())
 
