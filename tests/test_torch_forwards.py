@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tiny_models import FAMILIES, make_ids, make_inputs, make_model, mixed_profile, patch
+from torch_blindsight.attention import _warn_of_a_bypass
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +83,35 @@ def test_a_language_model_in_training_mode_runs_dense(case):
         case.model.model.language_model.train()
         assert torch.equal(case.model(**case.inputs).logits, dense)
         assert handle.report()["forwards"] == {"dense: training mode": 1}
+
+
+@pytest.mark.parametrize("past", ["forward", "model"])
+def test_a_forward_past_the_patch_is_said(case, past, caplog):
+    """Once: it is dense and in no count. Those that the patch itself lets run dense are in its report."""
+    _warn_of_a_bypass.cache_clear()
+    ids = case.inputs["input_ids"]
+    with patch(case.model, case.profile) as handle:
+        case.model(**case.inputs)
+        case.model(input_ids=ids[:, :3])
+        case.model.gradient_checkpointing_enable()
+        with torch.enable_grad():
+            case.model.train()(**case.inputs).logits.sum().backward()
+        case.model.eval()
+        assert "torch_blindsight" not in [record.name for record in caplog.records]
+        for _ in range(2):
+            getattr(case.model, past)(**case.inputs)
+        said = [record.message for record in caplog.records if record.name == "torch_blindsight"]
+        assert len(said) == 1 and said[0].startswith("a forward ran dense, uncounted: it went past the patch")
+        assert sum(handle.report()["forwards"].values()) == 3
+
+
+def test_models_that_share_their_layers(case):
+    """Refusing the second leaves the first as it is."""
+    other = type(case.model)(copy.deepcopy(case.model.config)).eval()
+    other.model = case.model.model
+    with patch(case.model, case.profile) as handle:
+        want = case.model(**case.inputs).logits
+        with pytest.raises(ValueError, match="must not share its configuration with a patched model"):
+            patch(other, case.profile)
+        assert torch.equal(case.model(**case.inputs).logits, want)
+        assert handle.report()["forwards"] == {"sparse": 2}

@@ -105,7 +105,7 @@ class Handle:
             ValueError: a patched model shares this one's configuration.
             RuntimeError: transformers did not take it.
         """
-        if self._previous == NAME:
+        if NAME in (self._previous, *(attention.config._attn_implementation for attention in self.info.attentions)):
             raise ValueError(
                 "the model must not share its configuration with a patched model, or be part of one. "
                 "Got a configuration that selects BlindSight already. Unpatch the other model first, or "
@@ -191,7 +191,7 @@ class Handle:
         self._counts[how] += 1
         self._leave()
         _running.set((*_running.get(), _Forward(self, past, arguments, prefill)))
-        announce(prefill)
+        announce(prefill, self.info.config)
         position = None if self._pruning is None else self._pruning.next_position(cache)
         if position is not None and arguments.get("position_ids") is None:
             return args, kwargs | {"position_ids": position}
@@ -218,7 +218,10 @@ class Handle:
         mine = next((i for i, forward in enumerate(running) if forward.handle is self), len(running))
         around = running[:mine]
         _running.set(around)
-        announce(around[-1].prefill if around else None)
+        if around:
+            announce(around[-1].prefill, around[-1].handle.info.config)
+        else:
+            announce(None)
         return running[mine] if mine < len(running) else None
 
     @torch.compiler.disable
