@@ -115,3 +115,16 @@ def test_models_that_share_their_layers(case):
             patch(other, case.profile)
         assert torch.equal(case.model(**case.inputs).logits, want)
         assert handle.report()["forwards"] == {"sparse": 2}
+
+
+def test_a_model_that_moved_after_the_patch_is_said(case, caplog):
+    """Once: patched on a CPU, it would be served by the portable attention on a GPU, too."""
+    with patch(case.model, case.profile) as handle:
+        case.model(**case.inputs)
+        assert not caplog.records
+        handle._devices = {"cuda"}  # no second kind of device is at hand
+        for _ in range(2):
+            case.model(**case.inputs)
+        assert handle.report()["forwards"] == {"sparse": 3}
+    (said,) = caplog.records
+    assert said.message.startswith("the model was on cuda when it was patched, and is on cpu now; its prefills are")
