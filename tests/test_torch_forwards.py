@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -128,3 +130,23 @@ def test_a_model_that_moved_after_the_patch_is_said(case, caplog):
         assert handle.report()["forwards"] == {"sparse": 3}
     (said,) = caplog.records
     assert said.message.startswith("the model was on cuda when it was patched, and is on cpu now; its prefills are")
+
+
+def test_an_unpatched_model_is_free_at_once(case):
+    """Also after Ctrl-C: what a server lets go of must not wait for a garbage collection."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = patch(case.model, case.profile)
+    case.layer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        case.model(**case.inputs)
+    handle.unpatch()
+    alive = weakref.ref(case.model)
+    gc.disable()
+    try:
+        del handle, caught, case.layer, case.model
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -130,7 +130,10 @@ class Handle:
             )
 
     def unpatch(self) -> None:
-        """Restores the model as it was before `patch`; harmless to repeat."""
+        """Restores the model as it was before `patch`; harmless to repeat.
+
+        A patched model and its handle hold each other: unpatch it before it is deleted, and its memory is free at once.
+        """
         if getattr(self.model, HANDLE, None) is not self:
             return
         for hook in self._hooks:
