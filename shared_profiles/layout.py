@@ -19,6 +19,8 @@ import numpy as np
 from shared_profiles.families import SpecialTokens
 from shared_profiles.template import SinkTemplate
 
+NO_IMAGE_TOKENS = "no image tokens among the queries"  # why a prefill runs dense
+
 
 def concatenated_ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
     """`arange(starts[0], stops[0])`, then `arange(starts[1], stops[1])`, ... as one int64 array."""
@@ -229,7 +231,7 @@ def why_dense(layouts: Sequence[Layout], q_start: int) -> str | None:
     if all(layout.n_images < 2 for layout in layouts):
         return "fewer than two images"
     if all(layout.n_images == 0 or layout.images[-1, 2] <= q_start for layout in layouts):
-        return "no image tokens among the queries"
+        return NO_IMAGE_TOKENS
     return None
 
 

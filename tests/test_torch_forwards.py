@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tiny_models import FAMILIES, make_ids, make_inputs, make_model, mixed_profile, patch
+from torch_blindsight.attention import _warn_of_a_bypass
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +85,68 @@ def test_a_language_model_in_training_mode_runs_dense(case):
         case.model.model.language_model.train()
         assert torch.equal(case.model(**case.inputs).logits, dense)
         assert handle.report()["forwards"] == {"dense: training mode": 1}
+
+
+@pytest.mark.parametrize("past", ["forward", "model"])
+def test_a_forward_past_the_patch_is_said(case, past, caplog):
+    """Once: it is dense and in no count. Those that the patch itself lets run dense are in its report."""
+    _warn_of_a_bypass.cache_clear()
+    ids = case.inputs["input_ids"]
+    with patch(case.model, case.profile) as handle:
+        case.model(**case.inputs)
+        case.model(input_ids=ids[:, :3])
+        case.model.gradient_checkpointing_enable()
+        with torch.enable_grad():
+            case.model.train()(**case.inputs).logits.sum().backward()
+        case.model.eval()
+        assert "torch_blindsight" not in [record.name for record in caplog.records]
+        for _ in range(2):
+            getattr(case.model, past)(**case.inputs)
+        said = [record.message for record in caplog.records if record.name == "torch_blindsight"]
+        assert len(said) == 1 and said[0].startswith("a forward ran dense, uncounted: it went past the patch")
+        assert sum(handle.report()["forwards"].values()) == 3
+
+
+def test_models_that_share_their_layers(case):
+    """Refusing the second leaves the first as it is."""
+    other = type(case.model)(copy.deepcopy(case.model.config)).eval()
+    other.model = case.model.model
+    with patch(case.model, case.profile) as handle:
+        want = case.model(**case.inputs).logits
+        with pytest.raises(ValueError, match="must not share its configuration with a patched model"):
+            patch(other, case.profile)
+        assert torch.equal(case.model(**case.inputs).logits, want)
+        assert handle.report()["forwards"] == {"sparse": 2}
+
+
+def test_a_model_that_moved_after_the_patch_is_said(case, caplog):
+    """Once: patched on a CPU, it would be served by the portable attention on a GPU, too."""
+    with patch(case.model, case.profile) as handle:
+        case.model(**case.inputs)
+        assert not caplog.records
+        handle._devices = {"cuda"}  # no second kind of device is at hand
+        for _ in range(2):
+            case.model(**case.inputs)
+        assert handle.report()["forwards"] == {"sparse": 3}
+    (said,) = caplog.records
+    assert said.message.startswith("the model was on cuda when it was patched, and is on cpu now; its prefills are")
+
+
+def test_an_unpatched_model_is_free_at_once(case):
+    """Also after Ctrl-C: what a server lets go of must not wait for a garbage collection."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = patch(case.model, case.profile)
+    case.layer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        case.model(**case.inputs)
+    handle.unpatch()
+    alive = weakref.ref(case.model)
+    gc.disable()
+    try:
+        del handle, caught, case.layer, case.model
+        assert alive() is None
+    finally:
+        gc.enable()

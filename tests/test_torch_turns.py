@@ -6,8 +6,11 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from shared_profiles import FAMILIES
 from tiny_models import (
+    END,
     IMAGE,
+    START,
     double_model,
     family_names,
     in_double,
@@ -18,6 +21,8 @@ from tiny_models import (
     patch,
     positions_of,
 )
+from torch_blindsight.models import inspect_model
+from torch_blindsight.prompts import Chunk, Dense, TokenHistory, read_layouts
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +64,10 @@ def test_padding_between_turns_runs_dense(family):
     model = make_model(family)
     inputs = make_inputs(family, [make_ids(3), make_ids(2)], left=False)
     past = inputs["input_ids"].shape[1]
-    new = torch.tensor([[20, 21, 22]]).expand(2, -1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
-    where = torch.arange(past, past + 3).expand(*(() if family == "gemma3" else (3,)), 2, -1)
+    new = torch.tensor([make_ids(1)]).expand(2, -1)
+    n = new.shape[1]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, n, dtype=torch.long)], dim=1)
+    where = torch.arange(past, past + n).expand(*(() if family == "gemma3" else (3,)), 2, -1)
 
     def second_turn(cache):
         return model(input_ids=new, attention_mask=mask, position_ids=where, past_key_values=cache).logits
@@ -91,7 +97,41 @@ def test_a_placeholder_in_an_answer_is_no_image(family):
         caches = [model(**inputs, past_key_values=DynamicCache()).past_key_values for _ in range(2)]
         for cache in caches:
             pass_on(cache, [IMAGE])
-        got = pass_on(caches[0], [20, 21, 22])
+        got = pass_on(caches[0], [20, START, IMAGE, END, 21])
         reason = "dense: placeholders behind the first prompt that mark no image"
         assert handle.report()["forwards"] == {"sparse": 2, "dense: decode step": 2, reason: 1}
-    assert torch.equal(got, pass_on(caches[1], [20, 21, 22]))
+    assert torch.equal(got, pass_on(caches[1], [20, START, IMAGE, END, 21]))
+
+
+@family_names
+def test_a_server_may_write_its_next_prompt_into_the_same_tensors(family):
+    """The second turn on the first prompt's cache still knows where that one's images stand."""
+    model = double_model(family)
+    inputs = in_double(make_inputs(family, [make_ids(3)]))
+    more = torch.tensor([make_ids(1, seed=5)])
+    positions = positions_of(model, inputs)
+    mask = torch.ones(1, positions.shape[-1] + more.shape[1], dtype=torch.long)
+    where = (int(positions.max()) + 1 + torch.arange(more.shape[1])).expand(*positions.shape[:-1], -1)
+    results = []
+    with patch(model, mixed_profile(model)) as handle:
+        for other in (make_ids(3), [*make_ids(2, seed=4, text=6), *[20] * 100][: len(make_ids(3))]):
+            buffer, cache = inputs["input_ids"].clone(), DynamicCache(config=model.config)
+            model(**inputs | dict(input_ids=buffer), past_key_values=cache)
+            buffer.copy_(torch.tensor([other]))
+            turn = dict(input_ids=more, attention_mask=mask, position_ids=where)
+            results.append(model(**turn, past_key_values=cache).logits)
+        assert handle.report()["forwards"] == {"sparse": 4}
+    assert torch.equal(*results)
+
+
+def test_tokens_that_an_assistant_proposes_do_not_read_the_whole_cache():
+    """Thousands of candidates follow one prompt; most are thrown away again."""
+    cache, history = DynamicCache(), TokenHistory()
+    keys = torch.zeros(1, 1, 1000, 1)
+    cache.update(keys, keys, 0)
+    history.record(cache, 0, Chunk(torch.tensor([make_ids(30)[:1000]])))
+    history.before = None  # whoever calls it fails
+    special = inspect_model(make_model("qwen2_vl")).special
+    arguments = dict(input_ids=torch.tensor([[20, 21, 22]]), past_key_values=cache)
+    with pytest.raises(Dense, match="no image tokens among the queries"):
+        read_layouts(arguments, FAMILIES["qwen2_vl"], special, history)

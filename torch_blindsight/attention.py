@@ -10,9 +10,11 @@ the compiled graph knows nothing of layouts or profiles, and one graph serves ev
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shared_profiles import Layout
+
+logger = logging.getLogger("torch_blindsight")
 
 # Must not contain "flash", "sdpa", "flex_attention", "/" or "paged|": transformers gives those names a meaning.
 NAME = "blindsight"
@@ -58,6 +62,8 @@ class Prefill:
 
 
 current_prefill: ContextVar[Prefill | None] = ContextVar("blindsight_prefill", default=None)
+# The configuration of the language model whose patched forward is in progress, sparse or dense.
+_in_progress: ContextVar[object] = ContextVar("blindsight_in_progress", default=None)
 
 
 class _Announced:
@@ -74,9 +80,15 @@ class _Announced:
 _announced = _Announced()
 
 
-def announce(prefill: Prefill | None) -> None:
-    """Says what the forward that now begins is; None: one that runs dense, or none."""
+def announce(prefill: Prefill | None, config: object = None) -> None:
+    """Says what the forward that now begins is.
+
+    Args:
+        prefill: None for one that runs dense, or none.
+        config: the language model's configuration, where a forward runs dense.
+    """
     current_prefill.set(prefill)
+    _in_progress.set(config if prefill is None else prefill.config)
     _announced.sparse = prefill is not None
 
 
@@ -116,6 +128,9 @@ def blindsight_attention(
         NotImplementedError: a dense forward that torch would compute wrongly, see `MOST_MASKED_PAIRS`.
     """
     if _runs_dense(module.config):
+        # In training, layers may be computed again in the backward pass, outside of any forward.
+        if not (torch.compiler.is_compiling() or module.training) and _in_progress.get() is not module.config:
+            _warn_of_a_bypass()
         if attention_mask is not None:
             check_masked(query.shape[2] * key.shape[2], query.device)
         return sdpa_attention_forward(
@@ -128,6 +143,15 @@ def blindsight_attention(
     if not torch.compiler.is_compiling() and current_prefill.get().differentiable:  # type: ignore[union-attr]
         return _prefill(query, key, value, layer, scale, sliding_window), None
     return prefill_op(query, key, value, layer, scale, sliding_window), None
+
+
+@cache
+def _warn_of_a_bypass() -> None:
+    """Once a process: who serves that way does so for every prompt."""
+    logger.warning(
+        "a forward ran dense, uncounted: it went past the patch, whose hooks are on the model that patch() got. Call "
+        "that model itself, not its .forward or a part of it such as .model. This is said once."
+    )
 
 
 def check_masked(n_pairs: int, device: torch.device) -> None:

@@ -79,11 +79,7 @@ def implementation(name: str | None, model: nn.Module, info: ModelInfo) -> Imple
     """
     if name is not None and name not in get_args(Name):
         raise ValueError(f"impl must be one of {', '.join(get_args(Name))}, or None. Got {name!r}.")
-    # Of some quantizers' projections all tensors are buffers.
-    devices = {
-        next(chain(projection.parameters(), projection.buffers())).device
-        for projection in (attention.q_proj for attention in info.attentions)
-    }
+    devices = attention_devices(info)
     name = name or ("triton" if all(device.type == "cuda" for device in devices) else "portable")
     if name == "portable":
         return Implementation("portable", portable_attention, True, PORTABLE_COSTS)
@@ -95,6 +91,15 @@ def implementation(name: str | None, model: nn.Module, info: ModelInfo) -> Imple
     for device in devices:
         check_support(device, getattr(model, "dtype", torch.float32), info.head_dim)
     return Implementation("triton", mixed_attention, False, TRITON_COSTS)
+
+
+def attention_devices(info: ModelInfo) -> set[torch.device]:
+    """Where a model's attention is computed."""
+    # Of some quantizers' projections all tensors are buffers.
+    return {
+        next(chain(projection.parameters(), projection.buffers())).device
+        for projection in (attention.q_proj for attention in info.attentions)
+    }
 
 
 def _reference(

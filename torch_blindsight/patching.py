@@ -29,7 +29,7 @@ from shared_profiles.lookup import find_profile, searched
 from shared_profiles.profile import Profile
 from torch_blindsight.attention import NAME, Prefill, announce, register, registered
 from torch_blindsight.freeze import Freezer
-from torch_blindsight.implementations import Implementation, Name, implementation
+from torch_blindsight.implementations import Implementation, Name, attention_devices, implementation
 from torch_blindsight.models import ModelInfo, checkpoint_folder, fingerprint, inspect_model
 from torch_blindsight.modes import Mode, SparseMode
 from torch_blindsight.prompts import Chunk, Dense, TokenHistory, read_layouts, worth_it
@@ -92,6 +92,7 @@ class Handle:
         config: Any = model.config
         self._previous = config.get_text_config()._attn_implementation
         self._hooks: list[Any] = []
+        self._devices = {device.type for device in attention_devices(info)}
 
     @property
     def profile(self) -> Profile | None:
@@ -105,7 +106,7 @@ class Handle:
             ValueError: a patched model shares this one's configuration.
             RuntimeError: transformers did not take it.
         """
-        if self._previous == NAME:
+        if NAME in (self._previous, *(attention.config._attn_implementation for attention in self.info.attentions)):
             raise ValueError(
                 "the model must not share its configuration with a patched model, or be part of one. "
                 "Got a configuration that selects BlindSight already. Unpatch the other model first, or "
@@ -129,7 +130,10 @@ class Handle:
             )
 
     def unpatch(self) -> None:
-        """Restores the model as it was before `patch`; harmless to repeat."""
+        """Restores the model as it was before `patch`; harmless to repeat.
+
+        A patched model and its handle hold each other: unpatch it before it is deleted, and its memory is free at once.
+        """
         if getattr(self.model, HANDLE, None) is not self:
             return
         for hook in self._hooks:
@@ -191,7 +195,7 @@ class Handle:
         self._counts[how] += 1
         self._leave()
         _running.set((*_running.get(), _Forward(self, past, arguments, prefill)))
-        announce(prefill)
+        announce(prefill, self.info.config)
         position = None if self._pruning is None else self._pruning.next_position(cache)
         if position is not None and arguments.get("position_ids") is None:
             return args, kwargs | {"position_ids": position}
@@ -206,8 +210,21 @@ class Handle:
             return self._pruning.prefill(layouts[0], self.mode, arguments)
         worth_it(layouts, q_start)
         how, attend = self.mode.prefill(layouts, q_start, arguments)
+        self._look_at_devices()
         differentiable = how == "sparse" and self.implementation.differentiable
         return how, Prefill(layouts, q_start, attend, self.info.config, differentiable)
+
+    def _look_at_devices(self) -> None:
+        """Says once that the model moved: the implementation was chosen for where it was, and may be slow here."""
+        devices = {device.type for device in attention_devices(self.info)}
+        if devices not in (self._devices, {"meta"}):  # weights that are offloaded since
+            logger.warning(
+                "the model was on %s when it was patched, and is on %s now; its prefills are still computed by %r. "
+                "Unpatch it and patch it again, to have the implementation for where it is.",
+                *(", ".join(sorted(where)) for where in (self._devices, devices)),
+                self.implementation.name,
+            )
+            self._devices = devices
 
     def _leave(self) -> _Forward | None:
         """This model's forward in progress, which ends, and with it whatever it called; None if there is none.
@@ -218,7 +235,10 @@ class Handle:
         mine = next((i for i, forward in enumerate(running) if forward.handle is self), len(running))
         around = running[:mine]
         _running.set(around)
-        announce(around[-1].prefill if around else None)
+        if around:
+            announce(around[-1].prefill, around[-1].handle.info.config)
+        else:
+            announce(None)
         return running[mine] if mine < len(running) else None
 
     @torch.compiler.disable

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from shared_profiles import Family, Layout, SpecialTokens
-from shared_profiles.layout import why_dense
+from shared_profiles.layout import NO_IMAGE_TOKENS, why_dense
 
 
 class Dense(Exception):
@@ -36,11 +36,15 @@ class Chunk:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Chunk:
-        """The new tokens of a forward. A decode step holds no video."""
-        ids = arguments["input_ids"]
+        """The new tokens of a forward, copied: a server may write its next prompt into the same tensors.
+
+        A decode step holds no video.
+        """
+        ids = arguments["input_ids"].clone()
         if ids.shape[1] == 1:
             return cls(ids)
-        return cls(ids, arguments.get("video_grid_thw"), arguments.get("position_ids"))
+        grids, positions = (arguments.get(name) for name in ("video_grid_thw", "position_ids"))
+        return cls(ids, None if grids is None else grids.clone(), None if positions is None else positions.clone())
 
     def cut(self, n: int) -> Chunk:
         """Its first `n` tokens. Grids are listed for all rows together: whose are left is not known."""
@@ -57,12 +61,21 @@ class _Known:
     length: int
     keys: tuple[StorageWeakRef, ...]
 
+    def crop(self, length: int) -> None:
+        """Drops what follows the first `length` tokens."""
+        while self.length > length:
+            last = self.chunks.pop()
+            self.length -= last.ids.shape[1]
+            if self.length < length:
+                self.chunks.append(last.cut(length - self.length))
+                self.length = length
+
 
 class TokenHistory:
     """The tokens behind each cache, so that a chunk or a second turn knows the images and frames before it.
 
-    They are kept as the tensors they came in, so decode steps cost an append and no synchronization. Call `check`
-    before each forward and `record` after it.
+    They stay on their device, so decode steps cost an append and no synchronization. Call `check` before each forward
+    and `record` after it.
     """
 
     def __init__(self) -> None:
@@ -79,27 +92,27 @@ class TokenHistory:
             del self._known[cache]
 
     def before(self, cache: Any, length: int) -> list[Chunk] | None:
-        """The first `length` tokens of the cache, or None where they did not all pass through here."""
-        found = []
-        for chunk in self._known[cache].chunks if cache in self._known else []:
-            if length > 0:
-                found.append(chunk.cut(length))
-                length -= chunk.ids.shape[1]
-        return None if length > 0 else found
+        """The first `length` tokens of the cache, all that it holds; None where they did not all pass through here."""
+        known = self._of(cache, length)
+        return None if known is None else known.chunks
 
     def record(self, cache: Any, length: int, chunk: Chunk) -> None:
         """Notes that a chunk now follows the first `length` tokens of the cache."""
-        known, n = self._known.get(cache), length + chunk.ids.shape[1]
-        if known is not None and len(known.chunks[0].ids) != len(chunk.ids):  # rows were repeated or selected
-            del self._known[cache]
-        elif known is not None and known.length == length:
-            known.chunks.append(chunk)
-            known.length, known.keys = n, _keys_of(cache)
-        else:  # a new cache, or one that was cropped
-            before = self.before(cache, length)
+        known = self._of(cache, length) if length else _Known([], 0, ())
+        if known is None or (length and len(known.chunks[0].ids) != len(chunk.ids)):  # rows were repeated or selected
             self._known.pop(cache, None)
-            if before is not None:
-                self._known[cache] = _Known([*before, chunk], n, _keys_of(cache))
+            return
+        known.chunks.append(chunk)
+        known.length, known.keys = length + chunk.ids.shape[1], _keys_of(cache)
+        self._known[cache] = known
+
+    def _of(self, cache: Any, length: int) -> _Known | None:
+        """What is behind a cache that has this length now; None where something of it is unknown."""
+        known = self._known.get(cache)
+        if known is None or known.length < length:
+            return None
+        known.crop(length)
+        return known
 
 
 def _keys_of(cache: Any) -> tuple[StorageWeakRef, ...]:
@@ -139,6 +152,9 @@ def read_layouts(
     mask = arguments.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + ids.shape[1]):
         raise Dense("attention_mask is not [batch, tokens]")
+    if past and not any(bool((ids == token).any()) for token in special.placeholders):
+        # Known without the whole cache's tokens: an assistant's candidates come by the thousand.
+        raise Dense(NO_IMAGE_TOKENS)
     chunks = [Chunk.of(arguments)]
     if past:
         before = history.before(cache, past)
