@@ -150,3 +150,21 @@ def test_an_unpatched_model_is_free_at_once(case):
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_tokens_that_a_later_hook_replaces(case):
+    """The layout would be of others. A hook from before the patch is heard by it."""
+
+    def turned(module, args, kwargs):
+        return args, kwargs | {"input_ids": kwargs["input_ids"].flip(1)}
+
+    with patch(case.model, case.profile):
+        hook = case.model.register_forward_pre_hook(turned, with_kwargs=True)
+        with pytest.raises(RuntimeError, match="A hook that was registered after"):
+            case.model(input_ids=case.inputs["input_ids"][:, :3])
+    hook.remove()
+    case.model.register_forward_pre_hook(turned, with_kwargs=True)
+    want = case.model(input_ids=case.inputs["input_ids"][:, :3]).logits
+    with patch(case.model, case.profile) as handle:
+        assert torch.equal(case.model(input_ids=case.inputs["input_ids"][:, :3]).logits, want)
+        assert handle.report()["forwards"] == {"dense: fewer than two images": 1}

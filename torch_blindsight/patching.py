@@ -252,6 +252,11 @@ class Handle:
                 "Got one that was called within another. Call a copy of the model, patched by itself."
             )
         prefill, arguments = forward.prefill, forward.arguments
+        if kwargs.get("input_ids", args[0] if args else None) is not arguments.get("input_ids"):
+            raise RuntimeError(
+                "a patched model must compute the tokens that the patch has seen. A hook that was registered after "
+                "patch() gave it other input_ids. Register it first, or unpatch and patch again."
+            )
         if prefill is not None:
             if prefill.layers != list(range(self.info.n_layers)):
                 raise RuntimeError(
