@@ -41,6 +41,7 @@ from jax_blindsight.implementations import Name, build_work, implementation
 from jax_blindsight.inputs import Prompt, read_inputs
 from jax_blindsight.model import embed_tokens, final_norm, unembed
 from jax_blindsight.params import Params
+from jax_blindsight.settings import with_own_settings
 from jax_blindsight.sharding import DATA, check_batch, sharded_rows
 from jax_blindsight.stack import run_layers
 from jax_blindsight.tokens import Tokens
@@ -75,6 +76,7 @@ class Prefilled:
     impl: str
 
 
+@with_own_settings
 def sparse_prefill(
     params: Params,
     inputs: Mapping[str, Any],
