@@ -237,8 +237,18 @@ def layer_work(
 
 
 def _table(params: Params) -> Array:
-    """The embeddings, for where the weights are and what they are like."""
-    return params.weights["decoder"]["embed_tokens"]["embedding"]
+    """The embeddings, for where the weights are and what they are like.
+
+    Raises:
+        ValueError: they are not on any device.
+    """
+    table = params.weights["decoder"]["embed_tokens"]["embedding"]
+    if not isinstance(table, Array):
+        raise ValueError(
+            f"the weights must be arrays of JAX. Got a {type(table).__name__}, which every prompt would copy to a "
+            "device anew. Pass jax.device_put(params)."
+        )
+    return table
 
 
 def _place(params: Params, over_mesh: PartitionSpec) -> Sharding:
