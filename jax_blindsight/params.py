@@ -204,7 +204,8 @@ def _eos(folder: Path, hf_config: Any) -> tuple[int, ...]:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} must be a JSON object. Got: {error}. Save the checkpoint again.") from error
     if not path.is_file():
-        stated = getattr(hf_config, "eos_token_id", None) or hf_config.get_text_config().eos_token_id
+        stated = getattr(hf_config, "eos_token_id", None)
+        stated = hf_config.get_text_config().eos_token_id if stated is None else stated  # 0 is an id
     return () if stated is None else (stated,) if isinstance(stated, int) else tuple(stated)
 
 
