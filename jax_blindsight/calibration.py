@@ -19,6 +19,7 @@ from jax_blindsight.held_out import HeldOut
 from jax_blindsight.inputs import as_arrays
 from jax_blindsight.observe import observe, observer_of
 from jax_blindsight.params import Params
+from jax_blindsight.settings import with_own_settings
 from jax_blindsight.sinks import measure_sinks
 from shared_profiles import SinkTemplate, count_layer_pairs
 from shared_profiles.budget import Budget, budget_of, rankings_for, tune
@@ -141,6 +142,7 @@ def _arrays(prompt: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return arrays
 
 
+@with_own_settings
 def measure(
     params: Params,
     inputs: Mapping[str, Any],

@@ -14,6 +14,7 @@ from typing import Any
 from shared_profiles import SpecialTokens, family_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu")
+_LAYERS = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class ModelConfig:
         """Reads a transformers configuration, e.g. `AutoConfig.from_pretrained(path)`.
 
         Raises:
-            ValueError: a family that is not supported, or a token id is missing.
+            ValueError: a family that is not supported, a token id is missing, or sizes that contradict each other.
             NotImplementedError: the configuration asks for something these models do not compute.
         """
         settings = config.to_dict()
@@ -175,6 +176,7 @@ class ModelConfig:
                 f"the checkpoint must hold plain weights. Got quantized ones ({quantization.get('quant_method')}). "
                 "Load the one that it was made from."
             )
+        _refuse("layer_types", set(config.get_text_config().layer_types) - set(_LAYERS), _LAYERS)
         text, vision = _READERS[family.name](config)
         _refuse("activation function", {text.activation, vision.activation} - set(ACTIVATIONS), ACTIVATIONS)
         return cls(family.name, family.special_tokens(settings), family.bidirectional, text, vision)
@@ -196,6 +198,11 @@ def _qwen2_vl(config: Any) -> tuple[TextConfig, QwenVisionConfig]:
 
 def _qwen2_5_vl(config: Any) -> tuple[TextConfig, QwenVisionConfig]:
     vision = config.vision_config
+    if vision.window_size < (token := vision.patch_size * vision.spatial_merge_size):
+        raise ValueError(
+            f"window_size must be at least the {token} pixels of a token. Got {vision.window_size}. Bring the "
+            "config.json that belongs to the weights."
+        )
     return _qwen_text(config), QwenVisionConfig(
         hidden_size=vision.hidden_size,
         intermediate_size=vision.intermediate_size,
@@ -251,12 +258,18 @@ def _qwen_text(config: Any) -> TextConfig:
     """The decoder of both Qwen families."""
     text = config.text_config
     head_dim = text.hidden_size // text.num_attention_heads
+    sections = tuple(text.rope_parameters.get("mrope_section", (16, 24, 24)))
+    if 2 * sum(sections) != head_dim:
+        raise ValueError(
+            f"mrope_section must add up to half the head dimension of {head_dim}. Got {sections}. Bring the "
+            "config.json that belongs to the weights."
+        )
     return TextConfig(
         head_dim=head_dim,
         activation=text.hidden_act,
         scale=head_dim**-0.5,
         ropes=(_rope(text.rope_parameters),) * text.num_hidden_layers,
-        mrope_section=tuple(text.rope_parameters.get("mrope_section", (16, 24, 24))),
+        mrope_section=sections,
         attention_bias=True,
         qk_norm=False,
         sandwich_norms=False,

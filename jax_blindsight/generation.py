@@ -21,11 +21,13 @@ from jax_blindsight.config import ModelConfig
 from jax_blindsight.model import decode, embed_tokens, unembed
 from jax_blindsight.params import Params
 from jax_blindsight.prefill import Prefilled, sparse_prefill
+from jax_blindsight.settings import with_own_settings
 from jax_blindsight.sharding import sharded_rows
 
 _NEVER = float(np.finfo(np.float32).min)  # a score that softmax makes 0; finite
 
 
+@with_own_settings
 def decode_step(params: Params, tokens: Array | np.ndarray | Sequence[int], cache: Cache) -> tuple[Array, Cache]:
     """Adds one token to every row.
 
@@ -90,6 +92,7 @@ def generate(
     return write(params, start, max_new_tokens=max_new_tokens, **options)[0]  # type: ignore[arg-type]
 
 
+@with_own_settings
 def write(
     params: Params,
     start: Prefilled,

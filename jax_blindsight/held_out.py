@@ -12,6 +12,7 @@ import numpy as np
 from jax_blindsight.inputs import read_inputs
 from jax_blindsight.params import Params
 from jax_blindsight.prefill import sparse_prefill
+from jax_blindsight.settings import with_own_settings
 from shared_profiles.collection import of_prompt
 from shared_profiles.measured import Measured, divergence
 from shared_profiles.profile import Profile
@@ -63,6 +64,7 @@ class HeldOut:
             raise RuntimeError(f"all {len(self.prompts)} held-out prompts must have run sparse. Got {sorted(ran)}.")
         return Measured(*divergence(self._dense, sparse), self._n_images)
 
+    @with_own_settings
     def _log_probs(self, params: Params, *, dense: bool) -> tuple[np.ndarray, set[str]]:
         """Log-probabilities of the next tokens, `[N, V]` float32, and how the prefills ran."""
         rows, ran = [], set()

@@ -28,6 +28,7 @@ from jax_blindsight.config import ModelConfig
 from jax_blindsight.convert import Conversion
 from jax_blindsight.marks import has_mark, marks_of
 from jax_blindsight.model import Weights, abstract_weights
+from jax_blindsight.settings import with_own_settings
 from jax_blindsight.sharding import param_shardings
 from jax_blindsight.tensor_files import DTYPES, TensorFiles
 from shared_profiles import family_of
@@ -82,6 +83,7 @@ class Params:
     def _static_profile(self) -> _StaticProfile:
         return _StaticProfile(self.profile)
 
+    @with_own_settings
     def require_loaded(self) -> None:
         """Demands the weights that the fingerprint was made of.
 
@@ -113,6 +115,7 @@ class _StaticProfile:
         return hash(self._text)
 
 
+@with_own_settings
 def load(
     path: str | os.PathLike[str],
     profile: Profile | str | os.PathLike[str] | None = None,
@@ -171,6 +174,7 @@ def load(
     return Params(weights, config, profile, fingerprint, settings, mesh, _eos(folder, hf_config), marks_of(weights))
 
 
+@with_own_settings
 def save(params: Params, path: str | os.PathLike[str], *, beside: Iterable[Path] = ()) -> None:
     """Writes a model to a folder that `load` takes; bit-equal, whole or not at all.
 
@@ -200,7 +204,8 @@ def _eos(folder: Path, hf_config: Any) -> tuple[int, ...]:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} must be a JSON object. Got: {error}. Save the checkpoint again.") from error
     if not path.is_file():
-        stated = getattr(hf_config, "eos_token_id", None) or hf_config.get_text_config().eos_token_id
+        stated = getattr(hf_config, "eos_token_id", None)
+        stated = hf_config.get_text_config().eos_token_id if stated is None else stated  # 0 is an id
     return () if stated is None else (stated,) if isinstance(stated, int) else tuple(stated)
 
 

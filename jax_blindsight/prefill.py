@@ -41,6 +41,7 @@ from jax_blindsight.implementations import Name, build_work, implementation
 from jax_blindsight.inputs import Prompt, read_inputs
 from jax_blindsight.model import embed_tokens, final_norm, unembed
 from jax_blindsight.params import Params
+from jax_blindsight.settings import with_own_settings
 from jax_blindsight.sharding import DATA, check_batch, sharded_rows
 from jax_blindsight.stack import run_layers
 from jax_blindsight.tokens import Tokens
@@ -75,6 +76,7 @@ class Prefilled:
     impl: str
 
 
+@with_own_settings
 def sparse_prefill(
     params: Params,
     inputs: Mapping[str, Any],
@@ -235,8 +237,18 @@ def layer_work(
 
 
 def _table(params: Params) -> Array:
-    """The embeddings, for where the weights are and what they are like."""
-    return params.weights["decoder"]["embed_tokens"]["embedding"]
+    """The embeddings, for where the weights are and what they are like.
+
+    Raises:
+        ValueError: they are not on any device.
+    """
+    table = params.weights["decoder"]["embed_tokens"]["embedding"]
+    if not isinstance(table, Array):
+        raise ValueError(
+            f"the weights must be arrays of JAX. Got a {type(table).__name__}, which every prompt would copy to a "
+            "device anew. Pass jax.device_put(params)."
+        )
+    return table
 
 
 def _place(params: Params, over_mesh: PartitionSpec) -> Sharding:

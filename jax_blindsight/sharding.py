@@ -69,8 +69,8 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Weights:
     """Where every weight goes: a tree of `NamedSharding` like the weights'.
 
     Raises:
-        ValueError: the mesh has other axes than "data" and "model", or its model axis does not divide the kv heads or
-            the columns of the MLP.
+        ValueError: the mesh has other axes than "data" and "model", or Explicit ones, or its model axis does not divide
+            the kv heads or the columns of the MLP.
     """
     check_mesh(config, mesh)
     size = mesh.shape[MODEL]
@@ -94,6 +94,11 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     """
     if set(mesh.axis_names) != {DATA, MODEL}:
         raise ValueError(f"a mesh must have the axes {DATA} and {MODEL}. Got {mesh.axis_names}. Use make_mesh.")
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f"a mesh's axes must be Auto, so that XLA places what lies between. Got {mesh.axis_types}. Use make_mesh: "
+            "jax.make_mesh makes them Explicit."
+        )
     size, text = mesh.shape[MODEL], config.text
     for what, n in (("kv heads", text.n_kv_heads), ("MLP columns", text.intermediate_size)):
         if n % size:

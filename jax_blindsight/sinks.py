@@ -22,6 +22,7 @@ from jax_blindsight.buckets import power_of_two
 from jax_blindsight.layers import precision
 from jax_blindsight.observe import observer_of
 from jax_blindsight.params import Params
+from jax_blindsight.settings import with_own_settings
 from jax_blindsight.sharding import MODEL, on_devices
 from shared_profiles import Category, SinkTemplate
 from shared_profiles.sink_statistics import REACH, SinkMass, SinkRows
@@ -30,6 +31,7 @@ from shared_profiles.sink_statistics import REACH, SinkMass, SinkRows
 _ROWS, _KEYS = 64, 128
 
 
+@with_own_settings
 def measure_sinks(params: Params, inputs: Mapping[str, Any], *, impl: str | None = None) -> SinkMass | None:
     """Where the image rows of one prompt look; None if it has fewer than two images.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -142,6 +143,12 @@ def test_a_profile_is_needed_and_must_fit():
     other = replace(params.fingerprint, n_layers=5)
     with pytest.raises(ValueError, match=r"4 layers of 4 heads. Got one of \(5, 4\)"):
         sparse_prefill(replace(params, profile=Profile.uniform(Category.SINK, other)), inputs)
+
+
+def test_weights_on_the_host_are_refused():
+    params, inputs = twin(QWEN).params, prompt(QWEN)
+    with pytest.raises(ValueError, match=r"arrays of JAX. Got a ndarray.*device_put\(params\)"):
+        sparse_prefill(jax.device_get(params), inputs)
 
 
 @pytest.fixture

@@ -244,14 +244,30 @@ def test_tied_weights_have_one_table():
         ("gemma3", lambda c: setattr(c.text_config, "attn_logit_softcapping", 50.0), "attn_logit_softcapping must be"),
         ("gemma3", lambda c: setattr(c.text_config, "use_bidirectional_attention", True), "must be False .* Got True"),
         ("qwen2_5_vl", lambda c: setattr(c.vision_config, "hidden_act", "relu"), "activation function .* Got relu"),
+        ("gemma3", lambda c: setattr(c.text_config, "layer_types", ["chunked_attention"]), "layer_types must be"),
         ("qwen2_vl", lambda c: setattr(c, "quantization_config", {"quant_method": "awq"}), r"plain weights.*\(awq\)"),
     ],
-    ids=["yarn", "softcap", "bidirectional-text", "activation", "quantized"],
+    ids=["yarn", "softcap", "bidirectional-text", "activation", "chunked", "quantized"],
 )
 def test_what_the_models_do_not_compute_is_refused(family, change, message):
     config = make_model(family).config
     change(config)
     with pytest.raises(NotImplementedError, match=message):
+        ModelConfig.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.text_config.rope_parameters.update(mrope_section=[1]), r"half the head dimension.*Got \(1,\)"),
+        (lambda c: setattr(c.vision_config, "window_size", 7), "at least the 8 pixels of a token. Got 7"),
+    ],
+    ids=["sections", "windows"],
+)
+def test_sizes_that_contradict_each_other_are_refused(change, message):
+    config = make_model("qwen2_5_vl").config
+    change(config)
+    with pytest.raises(ValueError, match=message):
         ModelConfig.from_hf(config)
 
 

@@ -170,6 +170,14 @@ def test_where_an_answer_ends_is_the_checkpoints(tmp_path, stated, want):
         load(tmp_path / "hf")
 
 
+def test_the_configuration_says_where_an_answer_ends_if_nothing_else_does(tmp_path):
+    save_tiny(tmp_path, "gemma3")
+    (tmp_path / "generation_config.json").unlink()
+    assert load(tmp_path).eos == (2,)  # of its text
+    edit_json(tmp_path / "config.json", eos_token_id=0)
+    assert load(tmp_path).eos == (0,)
+
+
 def test_a_saved_model_loads_in_another_dtype(tiny, tmp_path):
     params = load(tiny[0])
     save(params, tmp_path / "saved")

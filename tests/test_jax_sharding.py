@@ -90,6 +90,7 @@ def test_a_split_model_is_saved_whole(qwen):
         ("batch", "must divide the batch of 1. Got 4 devices"),
         ("kv heads", "must divide the model's 2 kv heads: heads are not copied. Got 4"),
         ("axes", "must have the axes data and model. Got ('model',)"),
+        ("explicit", "must be Auto, so that XLA places what lies between. Got (Explicit, Explicit)"),
         ("devices", "the number of devices, 8. Got 3 x 3"),
     ],
 )

@@ -1,0 +1,54 @@
+"""Settings of JAX that callers have on for programs of their own change nothing here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_blindsight import calibrate, decode_step, generate, load, save, sparse_prefill
+from jax_checkpoints import save_tiny
+from tiny_jax import in_numpy, twin
+from tiny_models import make_ids, make_inputs
+
+FAMILY = "qwen2_5_vl"
+
+
+@pytest.fixture(params=["ranks", "types", "transfers"])
+def strict(request) -> Iterator[None]:
+    """What finds mistakes in one's own programs. A mesh of one's own is `mesh_run`'s."""
+    settings = {
+        "ranks": lambda: jax.numpy_rank_promotion("raise"),
+        "types": lambda: jax.numpy_dtype_promotion("strict"),
+        "transfers": lambda: jax.transfer_guard("disallow"),
+    }
+    with settings[request.param]():
+        yield
+
+
+def test_a_prompt_and_an_answer(strict):
+    model, inputs = twin(FAMILY), make_inputs(FAMILY, [make_ids(4), make_ids(2, seed=1)])
+    done = sparse_prefill(model.params, in_numpy(inputs), all_logits=True, capacity=200)
+    model.expect(inputs, model.params.profile).check(done.logits)
+    decode_step(model.params, [20, 21], done.cache)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    assert np.isfinite(sparse_prefill(narrow, in_numpy(inputs), capacity=200).logits).all()
+    generate(model.params, in_numpy(inputs), max_new_tokens=2, temperature=1.0, top_k=5, eos=())
+
+
+def test_a_calibration(strict):
+    params = twin(FAMILY).params
+    prompts = [in_numpy(make_inputs(FAMILY, [make_ids(2, seed=seed)], seed=seed)) for seed in range(2)]
+    calibrate(params, prompts[:1], held_out=prompts[1:], progress=False)
+
+
+def test_a_folder(tmp_path, strict):
+    save_tiny(tmp_path / "checkpoint", "gemma3", layers=slice(1))
+    params = load(tmp_path / "checkpoint")
+    save(params, tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True)
+    assert all(np.array_equal(*pair) for pair in pairs)
