@@ -131,6 +131,13 @@ def test_validate(profile: Path) -> None:
     assert "checksum" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_closed_standard_output_is_no_error(profile: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)  # what Python makes of `blindsight profile show FILE >&-`
+    with pytest.raises(SystemExit) as stop:
+        app(["profile", "show", str(profile)])
+    assert stop.value.code == 0
+
+
 def test_diff(profile: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     Profile.uniform(Category.SINK, PRINT).save(other)

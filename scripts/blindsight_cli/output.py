@@ -15,7 +15,8 @@ _PIPE_WIDTH = 160
 
 def results() -> Console:
     """The console of results, standard output."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # it is None where the shell has closed it
+    return Console(highlight=False, width=None if terminal else _PIPE_WIDTH)
 
 
 def note(text: str, *, style: str | None = None) -> None:
