@@ -65,6 +65,13 @@ def test_the_study(tmp_path, monkeypatch):
         assert path.read_bytes() == before
 
 
+def test_a_state_is_not_where_its_profile_goes(tmp_path):
+    """The profile was saved over the statistics that it was made from."""
+    with pytest.raises(ValueError, match=r"must not end in \.json"):
+        compare_criteria.Study(SHIPPED_MODEL, 8, 8, tmp_path / "state.json")
+    assert not any(tmp_path.iterdir())
+
+
 def test_its_defaults_are_those_of_the_published_results(monkeypatch, tmp_path):
     """Others would be refused, and only after the calibration."""
     profile = Profile.load(SHIPPED_MODEL / FILE_NAME)
