@@ -16,6 +16,7 @@ import argparse
 import json
 from pathlib import Path
 
+from blindsight_cli.arguments import count
 from blindsight_cli.commands.demo import SHIPPED_MODEL
 from blindsight_cli.smallvlm import evaluate
 from blindsight_study import criteria
@@ -33,11 +34,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED_MODEL)
     parser.add_argument("--name", help="of the study; default: the checkpoint's folder")
     parser.add_argument("--state", type=Path, required=True, help="statistics of the calibration prompts")
-    parser.add_argument("--prompts", type=int, default=576, help="to calibrate on")
-    parser.add_argument("--held-out", type=int, default=840, help="other prompts, to measure the budget on")
-    parser.add_argument("--questions", type=int, default=480, help="per measured point")
-    parser.add_argument("--target-questions", type=int, default=4200, help="for the budget's own choice")
-    parser.add_argument("--random", type=int, default=3, help="random rankings")
+    parser.add_argument("--prompts", type=count, default=576, help="to calibrate on")
+    parser.add_argument("--held-out", type=count, default=840, help="other prompts, to measure the budget on")
+    parser.add_argument("--questions", type=count, default=240, help="per measured point")
+    parser.add_argument("--target-questions", type=count, default=4200, help="for the budget's own choice")
+    parser.add_argument("--random", type=int, default=1, help="random rankings")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS, help="none: only render what is known")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     asked = parser.parse_args()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from blindsight_cli.arguments import count
 from blindsight_cli.commands.demo import SHIPPED_MODEL
 from blindsight_study.pruning import PruningStudy
 from blindsight_study.pruning_page import draw, write_page
@@ -23,7 +24,7 @@ def main() -> None:
     """Measures what is missing and renders it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED_MODEL, help="a folder with a profile in it")
-    parser.add_argument("--questions", type=int, default=240, help="per point")
+    parser.add_argument("--questions", type=count, default=240, help="per point")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)

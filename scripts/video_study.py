@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+from blindsight_cli.arguments import count
 from blindsight_cli.commands.demo import SHIPPED_MODEL
 from blindsight_cli.smallvlm import evaluate
 from blindsight_study import video
@@ -26,8 +27,8 @@ def main() -> None:
     """Measures, and writes both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED_MODEL, help="with its profile beside it")
-    parser.add_argument("--prompts", type=int, default=96, help="to calibrate on")
-    parser.add_argument("--questions", type=int, default=240, help="about six pictures each")
+    parser.add_argument("--prompts", type=count, default=96, help="to calibrate on")
+    parser.add_argument("--questions", type=count, default=240, help="about six pictures each")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,8 @@ def parse(text: str | bytes) -> dict[str, Any]:
         ProfileError: it is anything else, or a newer or older schema.
     """
     try:
-        document = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        document = json.loads(text, object_pairs_hook=_unique)
+        _require_finite(document, "")
     except ProfileError:
         raise
     except (ValueError, RecursionError) as error:
@@ -93,15 +94,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return document
 
 
-def _no_constant(name: str) -> NoReturn:
-    refuse("a number", "finite", name)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        refuse("a number", "finite", text)
-    return value
+def _require_finite(value: Any, where: str) -> None:
+    """Refuses NaN and infinities, which Python's reader lets through, wherever they are."""
+    if isinstance(value, float) and not math.isfinite(value):
+        refuse(where or "a profile", "free of NaN and infinities", value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require_finite(item, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _require_finite(item, f"{where}[{i}]")
 
 
 def record(value: Any, where: str, decoders: dict[str, Decoder]) -> dict[str, Any]:

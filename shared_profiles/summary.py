@@ -182,5 +182,6 @@ def _checked(name: str, values: np.ndarray | float, shape: tuple[int, ...], uppe
 
 
 def _place(index: tuple[int, ...]) -> str:
-    """` at layer l, head h` for the index of a head's value, empty for a single number."""
-    return f" at layer {index[0]}, head {index[1]}" if index else ""
+    """` at layer l, head h` for the index of a head's value, ` at layer l` for a layer's, empty for a single number."""
+    named = [f"{name} {i}" for name, i in zip(("layer", "head"), index, strict=False)]
+    return f" at {', '.join(named)}" if named else ""

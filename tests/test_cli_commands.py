@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -129,6 +130,32 @@ def test_validate(profile: Path) -> None:
     result = blindsight("profile", "validate", profile)
     assert (result.exit_code, result.stdout) == (3, "")
     assert "checksum" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_closed_standard_output_is_no_error(profile: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)  # what Python makes of `blindsight profile show FILE >&-`
+    with pytest.raises(SystemExit) as stop:
+        app(["profile", "show", str(profile)])
+    assert stop.value.code == 0
+
+
+def test_signs_that_a_terminal_lacks_are_written_plainly() -> None:
+    """Not as question marks: a minus would be lost, and the doctor's marks would be alike."""
+    code = (
+        "from blindsight_cli.output import never_fail_on_signs\n"
+        "from blindsight_cli.report.figures import nats, points, ratio\n"
+        "never_fail_on_signs()\n"
+        "print(points(-0.017), nats(1.2e-7), ratio(2.7), '✓ ✗ · é')"
+    )
+    told = {}
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=60, check=True)
+        told[encoding] = done.stdout.decode(encoding).strip()
+    assert told["ascii"] == "-1.7 1.2.10^-7 2.70x + x . ?"
+    assert told["latin-1"] == "-1.7 1.2·10^-7 2.70× + x · é"
+    assert told["utf-8"] == "\N{MINUS SIGN}1.7 1.2·10⁻⁷ 2.70× ✓ ✗ · é"
 
 
 def test_diff(profile: Path, tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from blindsight_cli.commands.demo import SHIPPED_MODEL
 from blindsight_cli.held_out import HeldOut
 from blindsight_cli.smallvlm import evaluate
-from shared_profiles.profile import ProfileMismatchError
+from shared_profiles.lookup import FILE_NAME
+from shared_profiles.profile import Profile, ProfileMismatchError
 from tree_scripts import ROOT
 
 compare_criteria = import_module("compare_criteria")
@@ -60,6 +63,54 @@ def test_the_study(tmp_path, monkeypatch):
         with pytest.raises(error):
             compare_criteria.main()
         assert path.read_bytes() == before
+
+
+def test_a_state_is_not_where_its_profile_goes(tmp_path):
+    """The profile was saved over the statistics that it was made from."""
+    with pytest.raises(ValueError, match=r"must not end in \.json"):
+        compare_criteria.Study(SHIPPED_MODEL, 8, 8, tmp_path / "state.json")
+    assert not any(tmp_path.iterdir())
+
+
+def test_its_defaults_are_those_of_the_published_results(monkeypatch, tmp_path):
+    """Others would be refused, and only after the calibration."""
+    profile = Profile.load(SHIPPED_MODEL / FILE_NAME)
+
+    class Began(Exception):
+        pass
+
+    def ask(puzzles: list) -> None:
+        raise Began
+
+    def study(checkpoint: Path, n_prompts: int, n_held_out: int, state: Path) -> SimpleNamespace:
+        assert n_held_out == profile.choice["held_out_prompts"]
+        return SimpleNamespace(profile=profile, statistics=range(n_prompts), ask=ask)
+
+    monkeypatch.setattr(compare_criteria, "Study", study)
+    monkeypatch.setattr(sys, "argv", ["x", "--state", str(tmp_path / "state.npz")])
+    with pytest.raises(Began):
+        compare_criteria.main()
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("compare_criteria", ("--prompts", "--held-out", "--questions", "--target-questions")),
+        ("pruning_curve", ("--questions",)),
+        ("video_study", ("--prompts", "--questions")),
+        ("blindsight_cli.smallvlm.evaluate", ("--questions",)),
+        ("blindsight_cli.smallvlm.train", ("--steps",)),
+    ],
+)
+def test_what_is_counted_is_at_least_one(script, options, monkeypatch, tmp_path, capsys):
+    main = import_module(script).main
+    for option in options:
+        monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path / "results"), option, "0"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        assert f"argument {option}: must be at least 1. Got 0." in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_page_is_of_its_results(tmp_path):

@@ -181,6 +181,7 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path: Path) -> None:
         (b"[]\n", "first line is not one's"),
         (head.replace('"version": 1', '"version": 2').encode() + b"\n", "version 1"),
         (good + b"{}\n", "line 3 must be an item"),
+        (good.replace(b'"kl": 0.5', b'"kl": 1' + 400 * b"0"), "line 2 must be an item.*kl must be a finite number"),
         (good + good.splitlines()[1] + b"\n", "the item of line 1 must be there once"),
     ):
         path.write_bytes(content)

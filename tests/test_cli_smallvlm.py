@@ -124,6 +124,15 @@ def test_a_training_is_never_continued_as_another_one(toy, tmp_path, monkeypatch
     assert weights(tmp_path) == before
 
 
+def test_a_training_writes_over_nothing_else(tmp_path):
+    """Such as another checkpoint, whose weights would be gone; a file is refused before the first step."""
+    (tmp_path / "config.json").write_text("{}")
+    for out in (tmp_path, tmp_path / "config.json"):
+        with pytest.raises(ValueError, match="must be a new or empty folder, or hold a training's state"):
+            training.train(out, "qwen2_vl", "muon", 2, 0)
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
 def test_stages_lead_from_one_picture_to_six():
     """Every recipe's stages end where the next begins; the last one asks every kind about up to six pictures."""
     assert set(SHIPPED) == set(FAMILIES)

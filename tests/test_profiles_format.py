@@ -49,8 +49,10 @@ def sealed(document: dict[str, Any]) -> str:
         ('{"schema":"blindsight.profile/3"}', "older format. Run calibrate again"),
         ('{"schema":"blindsight.profile/4"}', "checksum must be 'sha256:.*Got None: the file was edited or damaged"),
         ('{"schema":1,"schema":2}', r"free of repeated keys. Got \['schema'\]"),
-        ('{"schema":NaN}', "a number must be finite. Got 'NaN'"),
-        ('{"schema":1e999}', "a number must be finite. Got '1e999'"),
+        ('{"schema":NaN}', "schema must be free of NaN and infinities. Got nan"),
+        ('{"schema":1e999}', "schema must be free of NaN and infinities. Got inf"),
+        ('{"curve":[{},{"kl":-Infinity}]}', r"curve\[1\]\.kl must be free of NaN and infinities. Got -inf"),
+        ("NaN", "a profile must be free of NaN and infinities"),
     ],
 )
 def test_what_is_no_profile_is_refused(text, message):
@@ -178,6 +180,7 @@ EDITS = [
         True,
     ),
     (put("statistics", "pairs", "SINK", [1e9, 1e9]), r"statistics: pairs\[DENSE\] must be more than 0 and at", False),
+    (put("statistics", "pairs", "SINK", 1, -1), r"statistics: pairs\[SINK\] must be finite .* Got -1 at layer 1", True),
     (put("statistics", "harm", "luck", {}), r"statistics.harm must be an object with only the keys .*luck", True),
     (put("statistics", "harm", []), "statistics.harm must be an object", True),
     (put("statistics", "harm", "gradient", {}), "statistics.harm.gradient must be an object with the keys", True),

@@ -35,6 +35,7 @@ def test_a_summary_holds_six_digits_read_only():
         (dict(pairs=dict.fromkeys(SPARSE, np.ones(L))), "pairs must have all categories"),
         (dict(pairs=dict.fromkeys(Category, np.zeros(L))), r"pairs\[DENSE\] must be more than 0"),
         (dict(pairs={c: np.full(L, 1.0 + c) for c in Category}), r"pairs\[DENSE\] must be .* at least those of every"),
+        (dict(pairs=dict.fromkeys(Category, np.array([1.0, -1.0]))), r"pairs\[DENSE\] must be .* Got -1 at layer 1\."),
         (dict(harm={"luck": {}}), "harm may have the rankings gradient, residual. Got luck"),
         (dict(harm={"gradient": {}}), r"harm\[gradient\] must have exactly the categories SINK"),
         (

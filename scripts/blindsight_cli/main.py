@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,6 +38,7 @@ from blindsight_cli.options import (
     ThresholdsOption,
     typed_thresholds,
 )
+from blindsight_cli.output import never_fail_on_signs
 from blindsight_cli.profile_main import app as profile_app
 
 _EPILOG = (
@@ -377,9 +377,7 @@ def report(
 
 def main() -> None:
     """Runs the command line."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without some sign is no reason to fail
+    never_fail_on_signs()
     app(prog_name="blindsight")
 
 

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any
 
 from rich.console import Console
 
 # Pipes and files have no width of their own: wide enough that no row of a table is cut.
 _PIPE_WIDTH = 160
+# What stands for a sign that a terminal's encoding lacks: a minus or an exponent must not be lost.
+_PLAIN = {"✓": "+", "✗": "x", "×": "x", "·": ".", "•": "*", "µ": "u", "⁻": "^-", "→": ">", "←": "<"}
+_PLAIN |= dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}", "-") | dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True))
+
+
+def never_fail_on_signs() -> None:
+    """Lets standard output and error take any sign, whatever their encoding; those that neither has become `?`."""
+
+    def plain(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        return "".join(_PLAIN.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+    codecs.register_error("blindsight", plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="blindsight")
 
 
 def results() -> Console:
     """The console of results, standard output."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # it is None where the shell has closed it
+    return Console(highlight=False, width=None if terminal else _PIPE_WIDTH)
 
 
 def note(text: str, *, style: str | None = None) -> None:

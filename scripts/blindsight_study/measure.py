@@ -52,10 +52,14 @@ class Study:
             `.measured.json`: what is there is not done again.
 
     Raises:
-        ProfileError, ValueError: these files are of another model, or of other prompts.
+        ProfileError, ValueError: these files are of another model, or of other prompts; or the profile would be saved
+            over the statistics.
     """
 
     def __init__(self, checkpoint: Path, n_prompts: int, n_held_out: int, state: Path) -> None:
+        made = state.with_suffix(".json")
+        if made == state:
+            raise ValueError(f"the state must not end in .json: the profile lies there. Got {state}. Try .npz.")
         self.model: Backend = load_backend("torch", checkpoint)
         self.processor = load_processor(checkpoint)
         self._file = state.with_suffix(".measured.json")
@@ -63,7 +67,6 @@ class Study:
         first, first_held_out = evaluate.CALIBRATION_SEEDS, evaluate.HELD_OUT_SEEDS
         puzzles = evaluate.make_mixed_puzzles(n_prompts, first)
         prompts = [evaluate.to_inputs(self.processor, [puzzle]) for puzzle in puzzles]
-        made = state.with_suffix(".json")
         if not made.exists():
             others = evaluate.make_mixed_puzzles(n_held_out, first_held_out, HELD_OUT_IMAGES)
             self.model.calibrate(

@@ -108,10 +108,17 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
         return str(value)
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
-    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool) and _is_finite(value):
         return float(value)
     kind = {str: "text", int: "an integer", float: "a finite number", bool: "true or false"}[hint]
     raise ValueError(f"{where} must be {kind}. Got {_shown(value)}.")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from blindsight_cli.arguments import count
 from blindsight_cli.backends import Backend, Prompt, load_backend
 from blindsight_cli.loading import load_processor
 from blindsight_cli.report import AccuracyRow, KindAccuracy
@@ -143,7 +144,7 @@ def main() -> None:
     """Reads the command line, evaluates, prints one line per number of images and kind of question."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--questions", type=int, default=2000, help="per number of images")
+    parser.add_argument("--questions", type=count, default=2000, help="per number of images")
     parser.add_argument("--images", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--first-seed", type=int, default=EVALUATION_SEEDS, help="of the puzzles")
     parser.add_argument("--profile", type=Path, help="default: the one beside the checkpoint, else all heads Dense")

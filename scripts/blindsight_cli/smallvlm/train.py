@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from blindsight_cli.arguments import count
 from blindsight_cli.smallvlm.build import FAMILIES, make_model, make_processor
 from blindsight_cli.smallvlm.curriculum import RECIPES, SHIPPED
 from blindsight_cli.smallvlm.optimizers import OPTIMIZERS
@@ -152,10 +153,12 @@ def train(out: Path, family: str, optimizer: str, steps: int, seed: int) -> None
     """Trains for `steps` steps, going on from a state in `out`; writes the checkpoint, processor and record into it.
 
     Raises:
-        ValueError: `out` holds a finished training, or the state of one with other settings.
+        ValueError: `out` holds a finished training, the state of one with other settings, or something else.
     """
     if (out / RECORD).exists() and not (out / STATE).exists():
         raise ValueError(f"{out} holds a finished training. Choose another folder, or remove this one.")
+    if out.exists() and not (out / STATE).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} must be a new or empty folder, or hold a training's state. Choose another.")
     training = Training(family, optimizer, steps, seed)
     if (out / STATE).exists():
         training.restore(out / STATE)
@@ -174,7 +177,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--family", choices=tuple(FAMILIES), default="qwen2_5_vl")
     parser.add_argument("--optimizer", choices=tuple(RECIPES), help="default: the one of the family's shipped model")
-    parser.add_argument("--steps", type=int, help="default: what the optimizer's recipe says")
+    parser.add_argument("--steps", type=count, help="default: what the optimizer's recipe says")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     optimizer = args.optimizer or SHIPPED[args.family]
