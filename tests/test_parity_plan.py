@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from blindsight_kernels.pallas_work import build_pallas_work
@@ -42,8 +42,17 @@ def prompts(draw) -> Prompts:
     return Prompts(rows, draw(templates), draw(windows), q_start, max_keys, draw(st.sampled_from([4, 16])))
 
 
+def in_parts(**where) -> Prompts:
+    """A ragged batch whose text rows are computed in two parts and, in its first row, in up to four."""
+    images = np.array([(8, 9, 40, 41), (52, 53, 80, 80)])
+    layouts = Layout(100, 2, 97, images), Layout(100, 50, 100, images[1:])
+    return Prompts(layouts, SinkTemplate((0,), (1,), 8), max_keys=30, **where)
+
+
 @settings(max_examples=25)
 @given(prompts())
+@example(in_parts())
+@example(in_parts(window=70, q_start=45, block_k=4))
 def test_every_kernel_is_told_the_same_keys(prompts):
     """Triton, Pallas and XLA work lists, read back: equal to the definition, and so to one another, in every row."""
     for category in Category:
