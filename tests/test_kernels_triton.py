@@ -233,11 +233,15 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
         patch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
         with pytest.raises(NotImplementedError, match=r"8.0 \(Ampere\) or later. Got Tesla T4 with \(7, 5\)"):
             triton_prefill.check_device(torch.device("cuda"))
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        triton_prefill.check_device(torch.device("cuda"))
     monkeypatch.setattr(triton_prefill, "INTERPRETED", True)
     with pytest.raises(ValueError, match=r"must get CPU tensors where it is interpreted"):
         triton_prefill.check_device(torch.device("cuda"))
     with pytest.raises(NotImplementedError, match=r"torch.float64"):
         check_inputs(q.double(), k.double(), v.double(), 0.2)
+    with pytest.raises(NotImplementedError, match=r"one of \(16, 32, 64, 128, 256\). Got 24"):
+        triton_prefill.check_support(q.device, q.dtype, 24)
     with pytest.raises(ValueError, match=r"q must be contiguous along D"):
         check_inputs(q.transpose(2, 3).contiguous().transpose(2, 3), k, v, 0.2)
     shifted = torch.zeros(k.numel() + 1)[1:].view(k.shape)
@@ -255,6 +259,9 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
         prefill(q[:, :, :74], k, v, work, [0] * 4, scale=0.2)
     with pytest.raises(ValueError, match=r"built with tile_rows up to .*Got tile_rows=16, block_k=16, on cpu"):
         prefill(q, k, v, work, [0] * 4, scale=0.2)
+    uneven = build_work((work.plans[0], build_plan(prompt(75), TEMPLATE, tile_rows=32)), 16, q.device)
+    with pytest.raises(ValueError, match=r"Got tile_rows=32, block_k=16"):
+        prefill(*(x.expand(2, -1, -1, -1) for x in (q, k, v)), uneven, [0] * 4, scale=0.2, tiles=SMALL[True])
     with pytest.raises(ValueError, match=r"must share q_start, q_stop, window and n_tokens"):
         build_work((work.plans[0], build_plan(prompt(75), TEMPLATE, tile_rows=16, window=9)), 16, q.device)
 
