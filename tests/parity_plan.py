@@ -16,7 +16,7 @@ import torch
 
 from blindsight_kernels import triton_prefill
 from blindsight_kernels.pallas_prefill import rows_of
-from blindsight_kernels.pallas_work import BLOCK_Q, FIELDS, PallasWork, build_pallas_work
+from blindsight_kernels.pallas_work import BLOCK_Q, FIELDS, NO_TILE, PallasWork, build_pallas_work
 from blindsight_kernels.plans import build_plans
 from blindsight_kernels.triton_work import BOTH_WAYS, GATHERED, NO_WINDOW, Work, build_work
 from jax_blindsight.work import AttentionWork, attention_work
@@ -70,13 +70,21 @@ def keys_of_triton(prompts: Prompts, category: Category) -> np.ndarray:
 
 
 def read_triton(work: Work, prompts: Prompts, category: Category) -> np.ndarray:
-    """Walks the Triton kernel's work list: `[B, T, S]`."""
+    """Walks the Triton kernel's work list: `[B, T, S]`. Every row is stored once: by a whole tile, or by a merge."""
     rows, packed = work.gathered_rows.numpy(), work.packed_positions.numpy()
     seen = np.zeros((len(prompts.layouts), prompts.q_stop - prompts.q_start, prompts.q_stop), int)
+    stored, parts, merged = np.zeros(seen.shape[:2], int), [], []
+    for batch, row_start, n_rows, slot, n_parts in work.merges.tolist():
+        merged += [(slot + i, batch, row_start, n_rows) for i in range(n_parts)]
+        stored[batch, rows[row_start : row_start + n_rows] - prompts.q_start] += 1
     for tile in work.tiles[category].tolist():
-        batch, flags, row_start, n_rows, _, *spans = tile
+        batch, flags, row_start, n_rows, slot, *spans = tile
         index = np.arange(row_start, row_start + n_rows)
         position = (rows[index] if flags & GATHERED else index)[:, None]
+        if slot >= 0:
+            parts.append((slot, batch, row_start, n_rows))
+        else:
+            stored[batch, position[:, 0] - prompts.q_start] += 1
         for source, (start, full, n_full, stop) in enumerate((spans[:4], spans[4:])):
             index = np.arange(start, stop)
             keys = index if source else packed[start:stop]
@@ -85,6 +93,9 @@ def read_triton(work: Work, prompts: Prompts, category: Category) -> np.ndarray:
             in_full = (index >= full) & (index < full + n_full * prompts.block_k)
             assert not hidden[:, in_full].any(), "an unmasked tile holds a key that a row must not see"
             np.add.at(seen[batch], (position - prompts.q_start, keys[None]), ~hidden)
+    assert sorted(parts) == sorted(merged), "a merge joins other slots than its parts are put aside in"
+    assert sorted(slot for slot, *_ in parts) == list(range(work.n_slots)), "two parts share a slot"
+    assert (stored == seen.any(axis=2)).all(), "a row is not stored once"
     return seen
 
 
@@ -98,11 +109,22 @@ def keys_of_pallas(prompts: Prompts, category: Category) -> np.ndarray:
 
 
 def read_pallas(work: PallasWork, category: Category) -> np.ndarray:
-    """Walks the Pallas kernel's work list: `[B, T, S]`, T and S its own, rounded up."""
+    """Walks the Pallas kernel's work list: `[B, T, S]`, T and S its own, rounded up. Every q_tile is stored once."""
     index, oldest, newest, row_of = (np.asarray(x) for x in rows_of(work))
     seen = np.zeros((work.n_batch * work.n_queries, work.n_keys), int)
+    merges = [row for row in work.merges.tolist() if row[0] != NO_TILE]
+    merged, stored, parts = (
+        [(slot, q) for q, *slots in merges for slot in slots if slot >= 0],
+        [q for q, *_ in merges],
+        [],
+    )
     for tile in work.tiles[category]:
         field = dict(zip(FIELDS, tile.tolist(), strict=True))
+        if field["packed_n_tiles"] + field["range_n_tiles"]:  # or the kernel leaves it out
+            if field["slot"] >= 0:
+                parts.append((field["slot"], field["q_tile"]))
+            else:
+                stored.append(field["q_tile"])
         rows = np.arange(BLOCK_Q) + field["q_tile"] * BLOCK_Q
         rows = rows[row_of[index[rows]] == rows]
         for source in ("packed", "range"):
@@ -124,6 +146,9 @@ def read_pallas(work: PallasWork, category: Category) -> np.ndarray:
             assert unmasked.all(), "an unmasked tile holds a key that a row must not see"
             at, keys = np.nonzero(allowed)
             np.add.at(seen, (index[rows[at]], position[keys]), 1)
+    assert sorted(parts) == sorted(merged), "a merge joins other slots than its parts are put aside in"
+    assert len({slot for slot, _ in parts} & set(range(work.n_slots))) == len(parts), "two parts share a slot"
+    assert sorted(stored) == np.flatnonzero(work.q_tiles[:, 2]).tolist(), "a tile of rows is not stored once"
     return seen.reshape(work.n_batch, work.n_queries, work.n_keys)
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("jax", reason="the Pallas kernel needs jax, which is not ins
 import jax
 
 from blindsight_kernels.pallas_prefill import order_heads
-from blindsight_kernels.pallas_work import FIELDS, NO_TILE, build_pallas_work, stack_pallas_works
+from blindsight_kernels.pallas_work import FIELDS, GATHERED, NO_TILE, build_pallas_work, stack_pallas_works
 from blindsight_kernels.plans import build_plans
 from parity_plan import read_pallas
 from shared_profiles import Category, Layout, SinkTemplate, build_plan, category_mask
@@ -68,6 +68,18 @@ def test_prompts_of_one_bucket_have_one_shape_and_longest_tiles_first():
         n = table[:, steps].sum(axis=1)
         assert (np.diff(n[n > 0]) <= 2).all()  # sorted by keys, so a tile more or less for where spans begin
         assert (n[np.flatnonzero(n)[-1] + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize(("window", "edges"), [(None, 1), (3000, 2)], ids=["", "window"])
+def test_masks_are_paid_only_where_rows_differ(window, edges):
+    """At the causal limit, and where a window begins: K tiles of 128 rows, and one where the span begins."""
+    layout = long_prompt(9000, 4)
+    work = build_pallas_work(build_plans([layout], SinkTemplate(), window=window), 64)
+    tiles = work.tiles[work.q_tiles[work.tiles[:, :, FIELDS.index("q_tile")], 3] & GATHERED == 0]
+    for source in ("packed", "range"):
+        n_tiles, low, high = (tiles[:, FIELDS.index(f"{source}_{name}")] for name in ("n_tiles", "low", "high"))
+        assert (n_tiles - (high - low) <= 1 + 3 * edges).all()
+    assert (high > low).any()
 
 
 def test_a_prompt_of_300k_tokens_stays_under_a_megabyte():

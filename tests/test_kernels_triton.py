@@ -160,6 +160,19 @@ def test_ragged_batch_pads_with_zeros(attend):
         assert (lse[b, :, padding] == -torch.inf).all()
 
 
+def test_dense_heads_may_be_left_to_another_kernel(attend):
+    """Their rows stay as they were allocated, those of padding excepted; all others are computed."""
+    layout = Layout(70, 4, 66, np.array([(14, 15, 50, 51)]))
+    q, k, v = draw_inputs(1, 4, 2, 70, 70, 32, torch.float32)
+    arguments = ([layout], [1, 0, 3, 0], TEMPLATE)
+    out, lse = attend(q, k, v, *arguments, scale=0.2, tiles=SMALL[True], max_keys=20, skip_dense=True)
+    want, want_lse = reference(q, k, v, *arguments, scale=0.2)
+    np.testing.assert_allclose(out[:, :, ::2].transpose(1, 2).double().numpy(), want[:, ::2], rtol=0, atol=4e-6)
+    np.testing.assert_allclose(lse[:, ::2].double().numpy(), want_lse[:, ::2], rtol=0, atol=4e-6)
+    assert out[:, 4:66, 1::2].isnan().all() and lse[:, 1::2, 4:66].isnan().all()
+    assert not out[:, :4].any() and not out[:, 66:].any()
+
+
 def test_large_scores_do_not_overflow(attend):
     q, k, v = draw_inputs(1, 4, 2, 75, 75, 32, torch.float32)
     out, _ = attend(q * 100, k * 100, v, [prompt(75)], [0, 1, 2, 3], TEMPLATE, scale=1.0)
@@ -220,11 +233,15 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
         patch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
         with pytest.raises(NotImplementedError, match=r"8.0 \(Ampere\) or later. Got Tesla T4 with \(7, 5\)"):
             triton_prefill.check_device(torch.device("cuda"))
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        triton_prefill.check_device(torch.device("cuda"))
     monkeypatch.setattr(triton_prefill, "INTERPRETED", True)
     with pytest.raises(ValueError, match=r"must get CPU tensors where it is interpreted"):
         triton_prefill.check_device(torch.device("cuda"))
     with pytest.raises(NotImplementedError, match=r"torch.float64"):
         check_inputs(q.double(), k.double(), v.double(), 0.2)
+    with pytest.raises(NotImplementedError, match=r"one of \(16, 32, 64, 128, 256\). Got 24"):
+        triton_prefill.check_support(q.device, q.dtype, 24)
     with pytest.raises(ValueError, match=r"q must be contiguous along D"):
         check_inputs(q.transpose(2, 3).contiguous().transpose(2, 3), k, v, 0.2)
     shifted = torch.zeros(k.numel() + 1)[1:].view(k.shape)
@@ -234,12 +251,17 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
         check_inputs(q, k, shifted, 0.2)
     with pytest.raises(ValueError, match=r"k must be contiguous along D"):
         check_inputs(q, torch.zeros(1, 2, 75, 33)[..., :32], v, 0.2)
+    one = torch.zeros(75, 32).as_strided((1, 1, 75, 32), (7, 5, 32, 1))  # no key stands by a dimension of one element
+    check_inputs(q, one, one, 0.2)
 
     work = build_work((build_plan(prompt(75), TEMPLATE, tile_rows=16),), 16, q.device)
     with pytest.raises(ValueError, match=r"B=1 rows of T=74 queries. Got 1 plans of queries \[0, 75\)"):
         prefill(q[:, :, :74], k, v, work, [0] * 4, scale=0.2)
     with pytest.raises(ValueError, match=r"built with tile_rows up to .*Got tile_rows=16, block_k=16, on cpu"):
         prefill(q, k, v, work, [0] * 4, scale=0.2)
+    uneven = build_work((work.plans[0], build_plan(prompt(75), TEMPLATE, tile_rows=32)), 16, q.device)
+    with pytest.raises(ValueError, match=r"Got tile_rows=32, block_k=16"):
+        prefill(*(x.expand(2, -1, -1, -1) for x in (q, k, v)), uneven, [0] * 4, scale=0.2, tiles=SMALL[True])
     with pytest.raises(ValueError, match=r"must share q_start, q_stop, window and n_tokens"):
         build_work((work.plans[0], build_plan(prompt(75), TEMPLATE, tile_rows=16, window=9)), 16, q.device)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from blindsight_kernels.triton_work import build_work, order_heads, pack
-from shared_profiles import Layout, SinkTemplate, build_plan
+from blindsight_kernels.triton_work import GATHERED, build_work, order_heads, pack
+from shared_profiles import Category, Layout, SinkTemplate, build_plan
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,34 @@ def test_packing_gathers_text_and_sinks_of_every_row():
     packed = pack(k, work)
     want = [k[b][:, list(x)] for b, p in enumerate(plans) for x in (p.packed_text, p.packed_sinks)]
     assert torch.equal(packed[0], torch.cat(want, dim=1))
+
+
+@pytest.mark.parametrize(("window", "edges"), [(None, 1), (3000, 2)], ids=["", "window"])
+def test_masks_are_paid_only_where_rows_differ(window, edges):
+    """At the causal limit, and where a window begins: there the keys of a tile's rows, and what fills a K tile up."""
+    plan = build_plan(long_prompt(4), SinkTemplate(), window=window)
+    tiles = build_work((plan,), 64, CPU).tiles.numpy()
+    for span in (slice(5, 9), slice(9, 13)):
+        start, _, n_full, stop = np.moveaxis(tiles[(tiles[:, :, 1] & GATHERED) == 0][:, span], 1, 0)
+        assert (stop - start - n_full * 64 < edges * plan.tile_rows + 64).all()
+    assert n_full.any()
+
+
+def test_an_image_reads_its_start_delimiter_with_the_sinks():
+    """So that ranges begin with the image, like its tiles, and end with a whole number of K tiles."""
+    layout = Layout(80, 0, 80, np.array([(5, 6, 38, 39), (39, 41, 73, 74)]))
+    plan = build_plan(layout, SinkTemplate((), (), local_block=16), tile_rows=16)
+    tiles = build_work((plan,), 16, CPU).tiles[Category.INTRA_IMAGE_SINK].numpy()
+    n_packed = {lo: stop - start for start, stop, lo in tiles[(tiles[:, 1] & GATHERED) == 0][:, [5, 8, 9]].tolist()}
+    assert n_packed == {6: 6, 41: 9}, "text, and delimiters up to the image's own"
+
+
+def test_an_image_alone_has_packed_keys_too():
+    """A tensor descriptor must not be empty."""
+    plan = build_plan(Layout(40, 0, 40, np.array([(0, 0, 40, 40)])), SinkTemplate((), ()), tile_rows=16)
+    work = build_work((plan,), 16, CPU)
+    assert work.packed_positions.tolist() == [0]
+    assert pack(torch.zeros(1, 2, 40, 8), work).shape == (1, 2, 1, 8)
 
 
 @pytest.mark.parametrize(("categories", "n_kv_heads"), [((0, 1, 2, 4), 2), ((0, 1, 2), 2)], ids=["value", "count"])

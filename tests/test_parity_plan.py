@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from blindsight_kernels.pallas_work import build_pallas_work
+from blindsight_kernels.plans import build_plans
 from blindsight_kernels.triton_work import build_work
 from jax_blindsight.work import attention_work
 from parity_plan import (
@@ -42,8 +43,17 @@ def prompts(draw) -> Prompts:
     return Prompts(rows, draw(templates), draw(windows), q_start, max_keys, draw(st.sampled_from([4, 16])))
 
 
+def in_parts(**where) -> Prompts:
+    """A ragged batch whose text rows are computed in two parts and, in its first row, in up to four."""
+    images = np.array([(8, 9, 40, 41), (52, 53, 80, 80)])
+    layouts = Layout(100, 2, 97, images), Layout(100, 50, 100, images[1:])
+    return Prompts(layouts, SinkTemplate((0,), (1,), 8), max_keys=30, **where)
+
+
 @settings(max_examples=25)
 @given(prompts())
+@example(in_parts())
+@example(in_parts(window=70, q_start=45, block_k=4))
 def test_every_kernel_is_told_the_same_keys(prompts):
     """Triton, Pallas and XLA work lists, read back: equal to the definition, and so to one another, in every row."""
     for category in Category:
@@ -111,6 +121,25 @@ def test_long_texts_are_cut_alike():
         assert theirs is not ours and ours.n_parts.max() == n_parts
         for name, x in plan_arrays(theirs).items():
             assert x.tobytes() == plan_arrays(ours)[name].tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("where", "n_parts"),
+    [
+        (dict(max_keys=None, q_start=35_000), 1),
+        (dict(max_keys=9_000), 4),
+        (dict(), 1),
+        (dict(q_start=35_000), 3),
+        (dict(q_start=20_000, q_stop=20_500), 2),
+        (dict(q_start=23_200, window=18_000), 2),
+    ],
+    ids=["never", "asked", "much-text", "chunk", "chunk-amid", "window"],
+)
+def test_text_ranges_are_split_by_the_text_at_hand(where, n_parts):
+    """That is the rows of this very chunk, and the keys within their window; or as a caller asks."""
+    layout = Layout(36_000, 0, 36_000, np.array([(20, 21, 9_000, 9_001)]))
+    (plan,) = build_plans([layout], SinkTemplate(), **where)
+    assert plan.n_parts.max() == n_parts
 
 
 @pytest.mark.parametrize("name", ["packed_stop", "lo", "hi", "packed_start"])

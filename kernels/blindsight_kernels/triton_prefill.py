@@ -262,10 +262,7 @@ def _source(x: Tensor, n_keys: int, tiles: Configuration) -> Any:
 
 def _strides(x: Tensor) -> list[int]:
     """Strides, with that of a dimension of one element, which may be anything, replaced by a harmless one."""
-    return [
-        stride if size > 1 or i == 3 else x.shape[3]
-        for i, (stride, size) in enumerate(zip(x.stride(), x.shape, strict=True))
-    ]
+    return [stride if size > 1 else x.shape[3] for stride, size in zip(x.stride(), x.shape, strict=True)]
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
