@@ -184,14 +184,15 @@ def _own(work: AttentionWork | PallasWork, mesh: Mesh | None) -> AttentionWork |
 
 
 def _by_cudnn(work: AttentionWork | PallasWork) -> Array:
-    """Whether cuDNN computes the dense heads: on CUDA, of prompts without a past and without padding on the left."""
+    """Whether cuDNN computes the dense heads: on CUDA, of plain prompts."""
+    yes, no = (lambda: jnp.asarray(True)), (lambda: jnp.asarray(False))
+    return is_plain(work) & lax.platform_dependent(cuda=yes, default=no)
 
-    def plain(span: Array, q_start: Array) -> Array:
-        return (q_start == 0).all() & (span[:, 0] == 0).all()
 
-    q_start = work.q_start if isinstance(work, AttentionWork) else work.limits[:1]
-    given = jnp.asarray(work.span), jnp.asarray(q_start)
-    return lax.platform_dependent(*given, cuda=plain, default=lambda *_: jnp.asarray(False))
+def is_plain(work: AttentionWork | PallasWork) -> Array:
+    """Whether no prompt of a batch has a past or padding on its left, so that causal means row t sees keys up to t."""
+    q_start = jnp.asarray(work.q_start if isinstance(work, AttentionWork) else work.limits[:1])
+    return (q_start == 0).all() & (jnp.asarray(work.span)[:, 0] == 0).all()
 
 
 def _count_for_cudnn(

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from jax_blindsight.cache import Cache
 from jax_blindsight.config import ModelConfig
+from jax_blindsight.inputs import as_arrays
 from jax_blindsight.model import decode, embed_tokens, unembed
 from jax_blindsight.params import Params
 from jax_blindsight.prefill import Prefilled, sparse_prefill
@@ -86,8 +87,9 @@ def generate(
         ValueError, NotImplementedError, ImportError: an option is out of its range, or see `sparse_prefill`.
     """
     _check_options(max_new_tokens, temperature, top_k, top_p)
-    width = np.shape(inputs.get("input_ids", ()))[-1:] or (0,)
-    start = sparse_prefill(params, inputs, capacity=width[0] + max_new_tokens, dense=dense, impl=impl)
+    arrays = as_arrays(inputs)
+    width = np.shape(arrays.get("input_ids", ()))[-1:] or (0,)
+    start = sparse_prefill(params, arrays, capacity=width[0] + max_new_tokens, dense=dense, impl=impl)
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos=eos)
     return write(params, start, max_new_tokens=max_new_tokens, **options)[0]  # type: ignore[arg-type]
 

@@ -177,7 +177,7 @@ def _compare(
     rows = {
         "mass": jnp.exp(sparse[1][0] - dense[1][0]).T,
         # A pruned head is all zeros.
-        "error": jnp.where(size == 0, 0.0, size / jnp.where(size == 0, 1.0, jnp.linalg.norm(exact, axis=-1))),
+        "error": size / jnp.where(size == 0, 1.0, jnp.linalg.norm(exact, axis=-1)),
     }
     if stream is not None:
         rows["residual"] = moved(stream, change)

@@ -282,8 +282,7 @@ def embed_prompt(params: Params, prompt: Prompt, n_queries: int) -> Array:
 
 def feature_places(config: ModelConfig, tokens: Tokens) -> np.ndarray:
     """Row of the image features that each token takes, `[B, N]` int32, -1 for text."""
-    is_picture = np.isin(tokens.ids, config.special.placeholders)
-    is_picture &= tokens.valid
+    is_picture = np.isin(tokens.ids, config.special.placeholders)  # never padding, which `read_inputs` makes 0
     place = np.cumsum(is_picture.reshape(-1)).reshape(is_picture.shape) - 1
     return np.where(is_picture, place, -1).astype(np.int32)
 

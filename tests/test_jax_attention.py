@@ -257,12 +257,12 @@ def test_dense_heads_lower_to_cudnn_on_cuda(cuda, impl):
     """Lowered for CUDA without one: cuDNN's call is there, for as many heads as are dense, and only where it serves."""
     layout = Layout(100, 0, 100, np.array([(5, 6, 40, 41), (50, 51, 90, 91)]))
 
-    def text(categories=(0, 0, 3, 0), **options) -> str:
+    def text(categories=(0, 0, 3, 0), n=128, dim=64, dtype="bfloat16", **options) -> str:
         options = dict(window=None, bidirectional=False, lse=False) | options
         work = build_work(
-            impl, [layout], SinkTemplate(), head_dim=64, window=options["window"], n_queries=128, n_keys=256
+            impl, [layout], SinkTemplate(), head_dim=dim, window=options["window"], n_queries=n, n_keys=256
         )
-        shapes = [jax.ShapeDtypeStruct((1, h, n, 64), jnp.bfloat16) for h, n in ((4, 128), (2, 256), (2, 256))]
+        shapes = [jax.ShapeDtypeStruct((1, h, rows, dim), dtype) for h, rows in ((4, n), (2, 256), (2, 256))]
         run = partial(attend, categories=categories, scale=0.125, **options)
         return jax.jit(run).trace(*shapes, work).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -271,6 +271,21 @@ def test_dense_heads_lower_to_cudnn_on_cuda(cuda, impl):
     assert ("mosaic_gpu" in plain) == (impl == "pallas")
     for other in (dict(window=64), dict(bidirectional=True), dict(lse=True), dict(categories=(3, 3, 1, 2))):
         assert "cudnn$fmha" not in text(**other)
+    if impl == "portable":  # the kernel knows fewer shapes
+        assert "cudnn$fmha" in text(dim=128)
+        for other in (dict(n=192), dict(dim=136), dict(dim=60), dict(dtype="float32")):
+            assert "cudnn$fmha" not in text(**other), other
+
+
+@pytest.mark.parametrize("impl", ["portable", "pallas"])
+@pytest.mark.parametrize(
+    ("starts", "q_start", "plain"), [((0, 0), 0, True), ((0, 7), 0, False), ((7, 7), 0, False), ((0, 0), 50, False)]
+)
+def test_prompts_with_a_past_or_padding_on_the_left_are_not_for_cudnn(impl, starts, q_start, plain):
+    """Its causal mask knows neither: one such row is enough."""
+    layouts = [Layout(100, start, 100, np.array([(10, 11, 40, 41), (50, 51, 90, 91)])) for start in starts]
+    work = build_work(impl, layouts, SinkTemplate(), head_dim=64, q_start=q_start, n_queries=128, n_keys=128)
+    assert attention.is_plain(work) == plain
 
 
 class Device:

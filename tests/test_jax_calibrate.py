@@ -8,6 +8,7 @@ import pytest
 import jax_blindsight
 import torch_blindsight
 from shared_profiles import SPARSE, SinkTemplate
+from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds
 from tiny_jax import in_numpy, twin
 from tiny_models import make_ids, make_inputs, make_video_inputs
@@ -60,6 +61,22 @@ def test_prompts_may_be_lists():
     lists = [{name: x.tolist() for name, x in prompt.items()} for prompt in prompts]
     a, b = (jax_blindsight.calibrate(params, x[:1], held_out=x[1:], **QUIET) for x in (prompts, lists))
     assert a.summary == b.summary and a.curve == b.curve
+
+
+def test_padding_counts_for_nothing():
+    params = twin("qwen2_5_vl").params
+    prompts = [in_numpy(make_inputs("qwen2_5_vl", [make_ids(2, seed=seed)], seed=seed)) for seed in range(2)]
+    shape = prompts[0]["input_ids"].shape
+    padded = [
+        {name: np.pad(x, ((0, 0), (3, 0))) if x.shape == shape else x for name, x in prompt.items()}
+        for prompt in prompts
+    ]
+    options = QUIET | dict(budget=Budget(0.05, "error"))  # gradients are random by the ids, padding included
+    a, b = (jax_blindsight.calibrate(params, x[:1], held_out=x[1:], **options) for x in (prompts, padded))
+    assert b.provenance.n_tokens == a.provenance.n_tokens
+    for category in SPARSE:
+        np.testing.assert_allclose(b.summary.mass_mean[category], a.summary.mass_mean[category], atol=2e-6)
+    np.testing.assert_allclose([point.kl for point in b.curve], [point.kl for point in a.curve], rtol=1e-3, atol=1e-6)
 
 
 def test_videos_are_measured():

@@ -101,6 +101,14 @@ def test_malformed_inputs(family, change, message):
         sparse_prefill(twin(family).params, change(prompt(family)))
 
 
+@pytest.mark.parametrize("name", ["no-mapping", "no-ids", "ragged", "one-row"])
+def test_generate_refuses_them_alike(name):
+    """Although it looks at the ids itself, for the cache's capacity."""
+    family, change, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        generate(twin(family).params, change(prompt(family)), max_new_tokens=2)
+
+
 def test_inputs_may_be_lists_and_tensors():
     config, inputs = twin(QWEN).params.config, make_inputs(QWEN, [make_ids(2)])
     pixels = inputs["pixel_values"].requires_grad_()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import jax_blindsight.prefill
 import jax_blindsight.tower
 from jax_blindsight import sparse_prefill
 from jax_blindsight.buckets import bucket
+from shared_profiles import Category
+from shared_profiles.profile import Profile
 from tiny_jax import in_numpy, twin
 from tiny_models import FAMILIES, IMAGE, IMAGE_TOKENS, VIDEO, make_ids, make_inputs, make_video_inputs
 
@@ -69,6 +73,14 @@ def test_rows_with_fewer_than_two_images_run_dense(family):
     expected.check(done.logits)
     changed = np.abs(expected.truth - model.expect(inputs, None).truth)
     assert changed[0][expected.valid[0]].max() < 1e-9 and changed[1].max() > 0.1
+
+
+def test_a_profile_of_dense_heads_alone_runs_dense_and_says_so():
+    params, inputs = twin("gemma3").params, in_numpy(make_inputs("gemma3", [make_ids(4), make_ids(2, seed=1)]))
+    profile = Profile.uniform(Category.DENSE, params.fingerprint)
+    done = sparse_prefill(replace(params, profile=profile), inputs, **OPTIONS)
+    assert done.how == "dense: all heads are Dense"
+    np.testing.assert_array_equal(done.logits, sparse_prefill(params, inputs, dense=True, **OPTIONS).logits)
 
 
 @two_families
