@@ -136,6 +136,19 @@ def test_every_prompt_counts_once_and_every_bit_is_the_same(runs, sinks, tmp_pat
     assert machine.looked.keys() == one.looked.keys(), "a run killed while it learns learns again"
 
 
+def test_a_state_is_on_the_disk_as_it_grows(tmp_path):
+    """A process that the kernel kills writes no more: what it has measured by then is in the file."""
+    state, on_disk = tmp_path / "state.npz", []
+
+    def prompts():
+        for prompt in range(1, 20, 2):
+            on_disk.append(len(Statistics.load(state)) if state.exists() else 0)
+            yield prompt
+
+    assert len(Machine().run(prompts(), state=state, save_every=3)) == 10
+    assert on_disk == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9]
+
+
 def test_a_run_that_died_before_it_could_clean_up(tmp_path):
     """The state and the parts that it was made of lie side by side: their union is the state."""
     state = tmp_path / "state.npz"

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
-from shared_profiles.sink_statistics import MOST, SinkMass, learn_template, offset_bins, sink_heads, visible_pairs
+from shared_profiles.sink_statistics import (
+    MOST,
+    SinkMass,
+    learn_template,
+    learned_from,
+    offset_bins,
+    sink_heads,
+    visible_pairs,
+)
+from shared_profiles.statistics import Statistics
 from strategies import layouts, windows
 
 REACH, N_BINS = 3, 7
@@ -99,6 +108,33 @@ def test_the_most_shared_sinks_fill_the_template_first():
     assert len(template.from_start) + len(template.from_end) - 4 == MOST
     assert 2 not in template.from_start
     assert {3, 4, 5} < set(template.from_start)
+
+
+def test_what_a_profile_says_of_a_learned_template():
+    """The mass at every offset, a mean over heads; that of an offset that was not told apart is not known."""
+    mass = measured([np.arange(N_BINS) / 40, np.arange(N_BINS) / 80])
+    told = learned_from({"p": mass, "q": mass}, SinkTemplate((0, 2, 3), (1, 3, 4, 9)))
+    seen = np.arange(N_BINS) * 0.75 / 40
+    assert told == {
+        "prompts": 2,
+        "from_start": [0.0, pytest.approx(seen[2]), None],
+        "from_end": [pytest.approx(seen[6]), pytest.approx(seen[4]), None, None],
+    }
+
+
+@pytest.mark.parametrize("name", ["sink_ids", "sink_own", "sink_text", "sink_others", "sink_pairs"])
+def test_a_state_whose_sinks_do_not_go_together_is_refused(name, tmp_path):
+    """A prompt too few in one of the members."""
+    path, state = tmp_path / "state.npz", Statistics(1, 2)
+    for prompt_id in ("p", "q"):
+        state.add_sinks(prompt_id, measured([np.full(N_BINS, 0.1)] * 2))
+    state.save(path)
+    assert Statistics.load(path) == state
+    with np.load(path) as file:
+        members = dict(file)
+    np.savez(path, **members | {name: members[name][:1]})
+    with pytest.raises(ValueError, match=r"must be a whole file .* sinks of shapes"):
+        Statistics.load(path)
 
 
 def test_the_mean_is_over_prompts_and_refuses_none():

@@ -235,6 +235,13 @@ def test_quantiles_count_prompts(n):
     assert summary.kept == {Category.SINK: 0.1, Category.INTRA_IMAGE: 0.2, Category.INTRA_IMAGE_SINK: 0.3}
 
 
+def test_what_is_kept_counts_every_prompt_alike():
+    """A prompt of a hundred times the pairs weighs no more."""
+    short, long = (np.array([[2, 8], [1, 1], [2, 2], [2, 3]]), np.array([[200, 800], [0, 400], [0, 500], [100, 800]]))
+    kept = state(a=record(pairs=short), b=record(pairs=long)).summarize().kept
+    assert list(kept.values()) == pytest.approx([0.3, 0.45, 0.7])
+
+
 def test_every_number_of_a_summary_stands_where_it_belongs():
     rng = np.random.default_rng(1)
     stack = rng.random((2, 3, L, H)).astype(np.float32)
