@@ -229,6 +229,10 @@ def test_a_template_is_learned_from_the_first_prompts_that_are_calibrated_on(tmp
     again = Machine(sinks=True)
     assert again.run(range(N + 20), split=Split(0.3), state=state).origin == statistics.origin
     assert not again.looked, "the state has the template"
+    stored = Collector([], again.look, fingerprint(), state=state)
+    for block in (8, 16):
+        assert stored.learn(again.look, block) == SinkTemplate((0, 1, 3), (1, 2), block)
+    assert stored.learn(again.look, None) == template
     with pytest.raises(ValueError, match=r"this template: SinkTemplate\(\(0, 1\), \(1, 2\), 128\). Got S"):
         again.run(range(N), split=Split(0.3), state=state, template=SinkTemplate())
     with pytest.raises(ValueError, match=r"Got none \(20 prompts with fewer\)"):
@@ -248,6 +252,8 @@ def test_sinks_merge_like_records(tmp_path):
         a.add_sinks("p", look(3))
     with pytest.raises(ValueError, match=r"prompt r: sinks must have shape \(2, 3, 17\). Got \(2, 3, 5\)"):
         a.add_sinks("r", SinkMass(*(np.ones(s) for s in ((2, 3), (2, 3), (2, 3, 5), (2, 5)))))
+    with pytest.raises(ValueError, match=r"prompt p: sinks must have shape \(2, 4, 17\). Got \(2, 3, 17\)"):
+        Statistics(2, 4).add_sinks("p", look(1))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")

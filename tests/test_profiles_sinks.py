@@ -11,6 +11,7 @@ from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from shared_profiles.sink_statistics import (
     MOST,
     SinkMass,
+    SinkRows,
     learn_template,
     learned_from,
     offset_bins,
@@ -57,6 +58,30 @@ def test_visible_pairs_are_those_of_the_dense_mask(layout, window):
         for p in range(first, last)
     ]
     np.testing.assert_allclose(visible_pairs(layout, window, REACH), np.mean(counts, axis=0))
+
+
+@given(layouts().filter(lambda x: x.n_images >= 2))
+def test_what_is_measured_of_a_prompt(layout):
+    """Rows with an earlier image; of the keys that any of them may see, all but the middles of images."""
+    found, bins, later = SinkRows.of(layout, REACH), offset_bins(layout, REACH), layout.images[1:].tolist()
+    assert found.rows.tolist() == [p for _, first, last, _ in later for p in range(first, last)]
+    assert found.stops.tolist() == [begin for begin, first, last, _ in later for _ in range(first, last)]
+    keys = {p: bins[p] if bins[p] >= 0 else N_BINS for p in range(layout.start, later[-1][0])}
+    assert dict(zip(found.keys, found.bins, strict=True)) == {p: b for p, b in keys.items() if b != REACH}
+
+
+def test_the_middle_of_images_is_what_is_left_over():
+    """Per layer, by its window; rounding may leave less than nothing, of the middle and of the own image."""
+    layout = Layout(24, 0, 24, np.array([[0, 1, 10, 11], [12, 13, 22, 23]]))
+    bins = [0.01, 0.02, 0.03, 9.0, 0.04, 0.05, 0.05]
+    told = np.array([[[*bins, 0.1]], [[*bins, 0.5]]])
+    mass = SinkMass.of(layout, [None, 12], told, np.array([[0.6], [0.5 - 1e-9]]))
+    np.testing.assert_allclose(mass.own, [[0.5], [0.0]], rtol=1e-6)
+    np.testing.assert_allclose(mass.text, [[0.1], [0.5]], rtol=1e-6)
+    np.testing.assert_allclose(mass.others[:, 0, REACH], [0.2, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(mass.others[0, 0, [0, 1, 2, 4, 5, 6]], np.delete(bins, REACH), rtol=1e-6)
+    assert (mass.pairs[0] == [1, 1, 1, 5, 1, 1, 1]).all() and (mass.pairs[1] < mass.pairs[0])[:6].all()
+    assert SinkMass.of(layout, [None], told[:1], np.array([[0.9]])).others[0, 0, REACH] == 0
 
 
 def measured(others, pairs=(1, 1, 1, 10, 1, 1, 1)):

@@ -122,6 +122,13 @@ def test_what_is_wrong_with_a_prompt_names_it():
     with pytest.raises(ValueError, match=r"^prompt 0: it is seven"):
         Collector([7], refuse, fingerprint()).learn(refuse, 8)
 
+    def fail(prompt):
+        raise MemoryError(f"of {prompt}")
+
+    for method in (lambda c: c.learn(fail, 8), lambda c: c.collect(fail, SinkTemplate())):
+        with pytest.raises(MemoryError, match=rf"^of 7\nin prompt 0 \({digest}\)$"):
+            method(Collector([7], arrays, fingerprint()))
+
 
 def test_sinks_of_held_out_prompts_are_refused(tmp_path):
     """A run that was killed early has learned from more prompts than it measured."""
