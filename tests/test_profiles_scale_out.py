@@ -81,7 +81,7 @@ class Machine:
                 ended[rank] = self.run(prompts_of(rank), processes=Threads(rank, n, barrier, board), **options)
             except (ValueError, threading.BrokenBarrierError) as error:  # of all of them
                 ended[rank] = error
-            except Killed as error:
+            except (Killed, OSError) as error:
                 ended[rank] = error
                 barrier.abort()
 
@@ -147,6 +147,23 @@ def test_a_state_is_on_the_disk_as_it_grows(tmp_path):
 
     assert len(Machine().run(prompts(), state=state, save_every=3)) == 10
     assert on_disk == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9]
+
+
+def test_no_part_goes_before_the_whole_is_on_the_disk(tmp_path):
+    """The first process cannot write the state: a folder is in its place by now."""
+    state = tmp_path / "state.npz"
+
+    def prompts_of(rank):
+        yield from range(N)
+        if rank == 0:
+            state.mkdir()
+
+    ended = Machine().run_on(3, prompts_of, state=state, save_every=1)
+    assert all(isinstance(x, OSError | threading.BrokenBarrierError) for x in ended)
+    state.rmdir()
+    again = Machine()
+    assert again.run(range(N), state=state) == Machine().run(range(N))
+    assert not any(x % 2 for x in again.measured), "all of it was there"
 
 
 def test_a_run_that_died_before_it_could_clean_up(tmp_path):

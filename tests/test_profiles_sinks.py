@@ -173,7 +173,16 @@ def test_the_mean_is_over_prompts_and_refuses_none():
         SinkMass.mean([a, measured([np.full(N_BINS, 0.1)] * 2)])
 
 
-@pytest.mark.parametrize("wrong", [dict(own=np.full((1, 1), np.nan)), dict(text=-np.ones((1, 1))), dict(pairs=[[1.0]])])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(own=np.full((1, 1), np.nan)),
+        dict(others=[[[0, 0, 0, 0, 0, 0, np.nan]]]),
+        dict(text=-np.ones((1, 1))),
+        dict(pairs=[[1, 1, 1, -1, 1, 1, 1]]),
+        dict(pairs=[[1.0]]),
+    ],
+)
 def test_wrong_values_are_refused(wrong):
     """NaN, negative mass, and shapes that do not go together."""
     values = dict(own=np.ones((1, 1)), text=np.zeros((1, 1)), others=np.zeros((1, 1, 7)), pairs=np.ones((1, 7)))

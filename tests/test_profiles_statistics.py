@@ -103,6 +103,7 @@ def test_adding_a_prompt_again_changes_nothing_unless_it_differs():
 def test_states_of_different_shape_or_origin_do_not_merge(other):
     with pytest.raises(ValueError, match=r"must have one \(n_layers, n_heads, origin, rankings\)"):
         Statistics(L, H).merge(other)
+    assert Statistics(L, H) != other and other != {}
 
 
 @pytest.mark.parametrize(
