@@ -342,8 +342,8 @@ def test_a_template_is_plain_integers_that_a_state_gives_back():
         assert read_origin(origin_of(fingerprint().digest, template)) == (fingerprint().digest, template)
     for name, wrong in (
         ("from_start", [(0, 1.0), (True,), np.array([True]), "12", 3, np.array(3), None, (2**31,), (2**64,), [[0]]]),
-        ("from_end", [(1, np.float32(2)), (np.uint64(2**64 - 1),)]),
-        ("local_block", [8.0, True, "8", (8,), None, 2**40, 2**64]),
+        ("from_end", [(2, True), (1, np.float32(2)), (np.uint64(2**64 - 1),)]),
+        ("local_block", [8.0, True, "8", (8,), None, 2**31, 2**64]),
     ):
         for value in wrong:
             with pytest.raises(ValueError, match=rf"{name} must .* integers? below 2\^31\. Got "):
