@@ -270,7 +270,7 @@ def _split_videos(images: np.ndarray, is_video: np.ndarray, frames: Sequence[int
     for (begin, first, last, end), video in zip(images.tolist(), is_video, strict=True):
         groups = int(next(remaining)) if video else 1
         length, left_over = divmod(last - first, groups) if groups > 0 else (0, 1)
-        if left_over or not length:
+        if left_over:
             raise ValueError(
                 f"a video's tokens must divide evenly into its frame groups. Got {last - first} tokens at "
                 f"[{first}, {last}) for {groups} groups."

@@ -210,7 +210,7 @@ def learn_template(mass: SinkMass, local_block: int = SinkTemplate.local_block) 
     """
     shares, weight, reach = sink_heads(mass), mass.others.sum((0, 1)), mass.reach
     ends = {*SinkTemplate.from_start, *(2 * reach + 1 - offset for offset in SinkTemplate.from_end)}
-    inner = [b for b in range(2 * reach + 1) if b not in ends and shares[b] > 0 and shares[b] >= HEADS]
+    inner = [b for b in range(2 * reach + 1) if b not in ends and shares[b] >= HEADS]
     best = sorted(inner, key=lambda b: (-shares[b], -weight[b]))[:MOST]
     from_start = (*SinkTemplate.from_start, *sorted(b for b in best if b < reach))
     from_end = (*SinkTemplate.from_end, *sorted(2 * reach + 1 - b for b in best if b > reach))

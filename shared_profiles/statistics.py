@@ -83,13 +83,6 @@ class PromptStatistics:
             raise ValueError(f"pairs must be integers of shape (4, L)={wanted}. Got {pairs.dtype} {pairs.shape}.")
         object.__setattr__(self, "pairs", read_only(pairs.astype(np.int64)))
 
-    @property
-    def kept(self) -> np.ndarray:
-        """`[3]` float64, fraction of the dense query-key pairs that one head of each sparse category keeps."""
-        totals = self.pairs.sum(axis=1)
-        kept: np.ndarray = totals[1:] / totals[0]
-        return kept
-
     def __eq__(self, other: object) -> bool:
         return same_fields(self, other)
 

@@ -16,7 +16,9 @@ from profile_strategies import fingerprint, plain_profile
 from shared_profiles.budget import (
     EVALUATIONS,
     Budget,
+    budget_of,
     chosen_point,
+    rankings_for,
     retune,
     retune_by_thresholds,
     tune,
@@ -89,12 +91,18 @@ def test_windows_make_layers_differ():
     assert path.kept(path.categories(len(path))) == pytest.approx(20 / 110)
 
 
+def test_between_equals_a_head_gets_what_sees_more():
+    """Where images are no longer than a local block, `SINK` computes what `INTRA_IMAGE_SINK` does."""
+    path = Path(np.array([[[0.0, 0.1, 0.3, 0.1]]]), np.array([[9.0], [2.0], [2.0], [2.0]]))
+    assert path.categories(len(path)) == Category.INTRA_IMAGE_SINK
+
+
 @pytest.mark.parametrize(
     ("harm", "pairs", "message"),
     [
         (np.zeros((1, 1, 3)), np.ones((4, 1)), r"shape \(L, H, 4\)"),
         (np.zeros((1, 1, 4)), np.ones((4, 2)), r"pairs \(4, L\)"),
-        (np.full((1, 1, 4), 0.1), np.ones((4, 1)), "harm of DENSE 0"),
+        (np.array([[[0.0, 0, 0, 0], [0.1, 0, 0, 0]]]), np.ones((4, 1)), "harm of DENSE 0"),
         (np.array([[[0, -1, 0, 0]]]), np.ones((4, 1)), "at least 0"),
         (np.array([[[0, np.nan, 0, 0]]]), np.ones((4, 1)), "finite"),
     ],
@@ -182,6 +190,19 @@ def test_a_budget_refuses(kl):
         Budget(kl)
     with pytest.raises(ValueError, match=r"the ranking must be one of gradient, residual, error\. Got 'luck'"):
         Budget(0.1, "luck")
+
+
+def test_what_a_calibration_is_asked_for():
+    """By the options of `calibrate`: a budget unless there are thresholds, and the harm that it takes."""
+    mine = Budget(0.2, "residual")
+    assert [budget_of(x, None) for x in (None, 0.2, mine)] == [Budget(), Budget(0.2), mine]
+    assert budget_of(None, Thresholds(quantile=0.25)) is None
+    with pytest.raises(ValueError, match="by a budget or by thresholds"):
+        budget_of(0.2, Thresholds())
+    with pytest.raises(ValueError, match=r"multiple of 0\.05 in \[0, 1\]\. Got 0\.33"):
+        budget_of(None, Thresholds(quantile=0.33))
+    assert [rankings_for(x) for x in (None, Budget(ranking="error"), mine)] == [(), (), ("residual",)]
+    assert rankings_for(Budget()) == ("gradient", "residual")
 
 
 def test_a_search_refuses():

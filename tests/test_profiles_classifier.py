@@ -125,6 +125,12 @@ def test_a_saved_choice_can_be_made_again(summary, gammas):
     np.testing.assert_array_equal(classify(loaded.summary, again), categories)
 
 
+def test_thresholds_are_what_a_profile_stores():
+    """Or a head that is just below one would pass when the choice is made again."""
+    for gamma in (0.81234634, 0.812346):
+        assert chosen(summary([0.812346], [0.0], [1.0]), gamma_sink=gamma) == [SINK]
+
+
 @pytest.mark.parametrize("name", [*GAMMAS, "quantile"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf"), "0.9", None, True])
 def test_fractions_are_refused_outside_their_range(name, value):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_profiles import FAMILIES, Category, Layout, SinkTemplate, SpecialTokens, category_mask, family_of
+from shared_profiles.layout import NO_IMAGE_TOKENS, why_dense
 from strategies import pruned_layouts, templates
 
 START, END, IMAGE, VIDEO, PAD = 3, 4, 5, 6, 0
@@ -196,8 +197,19 @@ def test_a_layout_cannot_be_changed():
     layout = Layout(4, 0, 4, rows)
     rows[0, 0] = 9
     assert layout.images.tolist() == [[0, 1, 3, 4]]
-    with pytest.raises(ValueError, match="read-only"):
-        layout.images[0, 0] = 1
+    for array in (layout.images, layout.keep([1, 2]).kept):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
+def test_a_prefill_runs_dense_only_where_no_row_has_anything_to_save():
+    none, one, two = (Layout(20, 0, 20, as_rows([(2, 3, 5, 6), (9, 10, 14, 15)][:n])) for n in range(3))
+    assert why_dense([two], 0) is why_dense([none, two, one], 0) is why_dense([two], 13) is None
+    assert why_dense([none, one], 0) == "fewer than two images"
+    for behind in (14, 15, 19):
+        assert why_dense([two], behind) == why_dense([none, two], behind) == NO_IMAGE_TOKENS
+    later = Layout(20, 0, 20, as_rows([(2, 3, 5, 6), (9, 10, 18, 19)]))
+    assert why_dense([two, later], 14) is None
 
 
 @given(pruned_layouts(), templates, st.data())

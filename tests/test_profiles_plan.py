@@ -111,9 +111,12 @@ def test_300k_tokens_plan_is_small_quick_and_cached():
 
 def test_refusals():
     layout = long_prompt(1000, 2)
-    with pytest.raises(ValueError, match=r"tile_rows must divide .* Got 48"):
-        build_plan(layout, SinkTemplate(), tile_rows=48)
+    for rows in (48, 0, -8):
+        with pytest.raises(ValueError, match=rf"tile_rows must divide .* Got {rows}"):
+            build_plan(layout, SinkTemplate(), tile_rows=rows)
     with pytest.raises(ValueError, match=r"0 <= q_start <= q_stop <= 1000 must hold. Got 5, 1001"):
         build_plan(layout, SinkTemplate(), q_start=5, q_stop=1001)
     with pytest.raises(ValueError, match=r"window must be at least 1, or None. Got 0"):
         build_plan(layout, SinkTemplate(), window=0)
+    with pytest.raises(ValueError, match=r"max_keys must be at least 1, or None. Got 0"):
+        build_plan(layout, SinkTemplate(), max_keys=0)

@@ -8,13 +8,18 @@ import json
 import os
 import pickle
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import shared_profiles
 from profile_strategies import fingerprint, plain_profile, profiles, summary_of
 from shared_profiles.categories import Category
 from shared_profiles.profile import (
@@ -294,3 +299,32 @@ def test_a_difference_is_found_wherever_profiles_differ(a, data):
     name = data.draw(st.sampled_from(sorted(parts)))
     b = replace(a, **{name: parts[name]})
     assert bool(diff(a, b)) == (a != b)
+
+
+# --- places
+
+
+def test_bundled_profiles_are_the_last_place(tmp_path):
+    """In a copy of the library that has two: only this very model's is one, and the user's own goes before it."""
+    library, cache = tmp_path / "shared_profiles", tmp_path / "cache"
+    shutil.copytree(Path(shared_profiles.__file__).parent, library, ignore=shutil.ignore_patterns("__pycache__"))
+    (library / "bundled").mkdir()
+    mine, other = plain_profile(), fingerprint(digest="sha256:" + "6f" * 32)
+    replace(mine, fingerprint=other).save(library / "bundled" / "a.json")
+    mine.save(library / "bundled" / "b.json")
+    program = (
+        "import sys; from shared_profiles.profile import Profile\n"
+        "from shared_profiles.lookup import cache_path, find_profile\n"
+        "mine = Profile.load(sys.argv[1]); own = cache_path(mine.fingerprint)\n"
+        "print(find_profile(mine.fingerprint, None) == (mine, type(own)(sys.argv[1])))\n"
+        "own.parent.mkdir(parents=True); mine.save(own)\n"
+        "print(find_profile(mine.fingerprint, None) == (mine, own))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(library / "bundled" / "b.json")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "BLINDSIGHT_CACHE": str(cache)},
+        cwd=tmp_path,
+    )
+    assert result.stdout.split() == ["True", "True"], result.stderr

@@ -81,7 +81,7 @@ class Machine:
                 ended[rank] = self.run(prompts_of(rank), processes=Threads(rank, n, barrier, board), **options)
             except (ValueError, threading.BrokenBarrierError) as error:  # of all of them
                 ended[rank] = error
-            except Killed as error:
+            except (Killed, OSError) as error:
                 ended[rank] = error
                 barrier.abort()
 
@@ -134,6 +134,36 @@ def test_every_prompt_counts_once_and_every_bit_is_the_same(runs, sinks, tmp_pat
     assert {x for x in machine.measured if x % 2} == {x for x in range(N) if x % 2} - set(split.prompts.values())
     assert all(n == 1 for x, n in machine.measured.items() if x % 2), "no prompt is measured twice"
     assert machine.looked.keys() == one.looked.keys(), "a run killed while it learns learns again"
+
+
+def test_a_state_is_on_the_disk_as_it_grows(tmp_path):
+    """A process that the kernel kills writes no more: what it has measured by then is in the file."""
+    state, on_disk = tmp_path / "state.npz", []
+
+    def prompts():
+        for prompt in range(1, 20, 2):
+            on_disk.append(len(Statistics.load(state)) if state.exists() else 0)
+            yield prompt
+
+    assert len(Machine().run(prompts(), state=state, save_every=3)) == 10
+    assert on_disk == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9]
+
+
+def test_no_part_goes_before_the_whole_is_on_the_disk(tmp_path):
+    """The first process cannot write the state: a folder is in its place by now."""
+    state = tmp_path / "state.npz"
+
+    def prompts_of(rank):
+        yield from range(N)
+        if rank == 0:
+            state.mkdir()
+
+    ended = Machine().run_on(3, prompts_of, state=state, save_every=1)
+    assert all(isinstance(x, OSError | threading.BrokenBarrierError) for x in ended)
+    state.rmdir()
+    again = Machine()
+    assert again.run(range(N), state=state) == Machine().run(range(N))
+    assert not any(x % 2 for x in again.measured), "all of it was there"
 
 
 def test_a_run_that_died_before_it_could_clean_up(tmp_path):
@@ -216,6 +246,10 @@ def test_a_template_is_learned_from_the_first_prompts_that_are_calibrated_on(tmp
     again = Machine(sinks=True)
     assert again.run(range(N + 20), split=Split(0.3), state=state).origin == statistics.origin
     assert not again.looked, "the state has the template"
+    stored = Collector([], again.look, fingerprint(), state=state)
+    for block in (8, 16):
+        assert stored.learn(again.look, block) == SinkTemplate((0, 1, 3), (1, 2), block)
+    assert stored.learn(again.look, None) == template
     with pytest.raises(ValueError, match=r"this template: SinkTemplate\(\(0, 1\), \(1, 2\), 128\). Got S"):
         again.run(range(N), split=Split(0.3), state=state, template=SinkTemplate())
     with pytest.raises(ValueError, match=r"Got none \(20 prompts with fewer\)"):
@@ -235,6 +269,8 @@ def test_sinks_merge_like_records(tmp_path):
         a.add_sinks("p", look(3))
     with pytest.raises(ValueError, match=r"prompt r: sinks must have shape \(2, 3, 17\). Got \(2, 3, 5\)"):
         a.add_sinks("r", SinkMass(*(np.ones(s) for s in ((2, 3), (2, 3), (2, 3, 5), (2, 5)))))
+    with pytest.raises(ValueError, match=r"prompt p: sinks must have shape \(2, 4, 17\). Got \(2, 3, 17\)"):
+        Statistics(2, 4).add_sinks("p", look(1))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
@@ -306,8 +342,8 @@ def test_a_template_is_plain_integers_that_a_state_gives_back():
         assert read_origin(origin_of(fingerprint().digest, template)) == (fingerprint().digest, template)
     for name, wrong in (
         ("from_start", [(0, 1.0), (True,), np.array([True]), "12", 3, np.array(3), None, (2**31,), (2**64,), [[0]]]),
-        ("from_end", [(1, np.float32(2)), (np.uint64(2**64 - 1),)]),
-        ("local_block", [8.0, True, "8", (8,), None, 2**40, 2**64]),
+        ("from_end", [(2, True), (1, np.float32(2)), (np.uint64(2**64 - 1),)]),
+        ("local_block", [8.0, True, "8", (8,), None, 2**31, 2**64]),
     ):
         for value in wrong:
             with pytest.raises(ValueError, match=rf"{name} must .* integers? below 2\^31\. Got "):

@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
-from shared_profiles.sink_statistics import MOST, SinkMass, learn_template, offset_bins, sink_heads, visible_pairs
+from shared_profiles.sink_statistics import (
+    MOST,
+    SinkMass,
+    SinkRows,
+    learn_template,
+    learned_from,
+    offset_bins,
+    sink_heads,
+    visible_pairs,
+)
+from shared_profiles.statistics import Statistics
 from strategies import layouts, windows
 
 REACH, N_BINS = 3, 7
@@ -48,6 +58,30 @@ def test_visible_pairs_are_those_of_the_dense_mask(layout, window):
         for p in range(first, last)
     ]
     np.testing.assert_allclose(visible_pairs(layout, window, REACH), np.mean(counts, axis=0))
+
+
+@given(layouts().filter(lambda x: x.n_images >= 2))
+def test_what_is_measured_of_a_prompt(layout):
+    """Rows with an earlier image; of the keys that any of them may see, all but the middles of images."""
+    found, bins, later = SinkRows.of(layout, REACH), offset_bins(layout, REACH), layout.images[1:].tolist()
+    assert found.rows.tolist() == [p for _, first, last, _ in later for p in range(first, last)]
+    assert found.stops.tolist() == [begin for begin, first, last, _ in later for _ in range(first, last)]
+    keys = {p: bins[p] if bins[p] >= 0 else N_BINS for p in range(layout.start, later[-1][0])}
+    assert dict(zip(found.keys, found.bins, strict=True)) == {p: b for p, b in keys.items() if b != REACH}
+
+
+def test_the_middle_of_images_is_what_is_left_over():
+    """Per layer, by its window; rounding may leave less than nothing, of the middle and of the own image."""
+    layout = Layout(24, 0, 24, np.array([[0, 1, 10, 11], [12, 13, 22, 23]]))
+    bins = [0.01, 0.02, 0.03, 9.0, 0.04, 0.05, 0.05]
+    told = np.array([[[*bins, 0.1]], [[*bins, 0.5]]])
+    mass = SinkMass.of(layout, [None, 12], told, np.array([[0.6], [0.5 - 1e-9]]))
+    np.testing.assert_allclose(mass.own, [[0.5], [0.0]], rtol=1e-6)
+    np.testing.assert_allclose(mass.text, [[0.1], [0.5]], rtol=1e-6)
+    np.testing.assert_allclose(mass.others[:, 0, REACH], [0.2, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(mass.others[0, 0, [0, 1, 2, 4, 5, 6]], np.delete(bins, REACH), rtol=1e-6)
+    assert (mass.pairs[0] == [1, 1, 1, 5, 1, 1, 1]).all() and (mass.pairs[1] < mass.pairs[0])[:6].all()
+    assert SinkMass.of(layout, [None], told[:1], np.array([[0.9]])).others[0, 0, REACH] == 0
 
 
 def measured(others, pairs=(1, 1, 1, 10, 1, 1, 1)):
@@ -101,6 +135,33 @@ def test_the_most_shared_sinks_fill_the_template_first():
     assert {3, 4, 5} < set(template.from_start)
 
 
+def test_what_a_profile_says_of_a_learned_template():
+    """The mass at every offset, a mean over heads; that of an offset that was not told apart is not known."""
+    mass = measured([np.arange(N_BINS) / 40, np.arange(N_BINS) / 80])
+    told = learned_from({"p": mass, "q": mass}, SinkTemplate((0, 2, 3), (1, 3, 4, 9)))
+    seen = np.arange(N_BINS) * 0.75 / 40
+    assert told == {
+        "prompts": 2,
+        "from_start": [0.0, pytest.approx(seen[2]), None],
+        "from_end": [pytest.approx(seen[6]), pytest.approx(seen[4]), None, None],
+    }
+
+
+@pytest.mark.parametrize("name", ["sink_ids", "sink_own", "sink_text", "sink_others", "sink_pairs"])
+def test_a_state_whose_sinks_do_not_go_together_is_refused(name, tmp_path):
+    """A prompt too few in one of the members."""
+    path, state = tmp_path / "state.npz", Statistics(1, 2)
+    for prompt_id in ("p", "q"):
+        state.add_sinks(prompt_id, measured([np.full(N_BINS, 0.1)] * 2))
+    state.save(path)
+    assert Statistics.load(path) == state
+    with np.load(path) as file:
+        members = dict(file)
+    np.savez(path, **members | {name: members[name][:1]})
+    with pytest.raises(ValueError, match=r"must be a whole file .* sinks of shapes"):
+        Statistics.load(path)
+
+
 def test_the_mean_is_over_prompts_and_refuses_none():
     """Two prompts of one shape average; no prompt, or prompts of two shapes, are an error."""
     a, b = measured([np.full(N_BINS, 0.1)]), measured([np.full(N_BINS, 0.02)])
@@ -112,7 +173,16 @@ def test_the_mean_is_over_prompts_and_refuses_none():
         SinkMass.mean([a, measured([np.full(N_BINS, 0.1)] * 2)])
 
 
-@pytest.mark.parametrize("wrong", [dict(own=np.full((1, 1), np.nan)), dict(text=-np.ones((1, 1))), dict(pairs=[[1.0]])])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(own=np.full((1, 1), np.nan)),
+        dict(others=[[[0, 0, 0, 0, 0, 0, np.nan]]]),
+        dict(text=-np.ones((1, 1))),
+        dict(pairs=[[1, 1, 1, -1, 1, 1, 1]]),
+        dict(pairs=[[1.0]]),
+    ],
+)
 def test_wrong_values_are_refused(wrong):
     """NaN, negative mass, and shapes that do not go together."""
     values = dict(own=np.ones((1, 1)), text=np.zeros((1, 1)), others=np.zeros((1, 1, 7)), pairs=np.ones((1, 7)))

@@ -62,6 +62,11 @@ def test_the_share_is_kept(share):
     assert np.mean(held) == pytest.approx(share, abs=0.03)
 
 
+def test_a_prompt_never_changes_sides():
+    """A state outlives the version that began it: of these, by `sha256sum`, 3 (19d8...) and 5 (2dc3...) are lowest."""
+    assert [i for i in range(20) if is_held_out(f"{i:032x}", 0.25)] == [3, 5]
+
+
 @pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan"), True])
 def test_a_share_refuses(share):
     with pytest.raises(ValueError, match=r"held_out must be a share of the prompts in \(0, 1\)"):
@@ -116,6 +121,13 @@ def test_what_is_wrong_with_a_prompt_names_it():
             method(Collector([5, 7], arrays, fingerprint()))
     with pytest.raises(ValueError, match=r"^prompt 0: it is seven"):
         Collector([7], refuse, fingerprint()).learn(refuse, 8)
+
+    def fail(prompt):
+        raise MemoryError(f"of {prompt}")
+
+    for method in (lambda c: c.learn(fail, 8), lambda c: c.collect(fail, SinkTemplate())):
+        with pytest.raises(MemoryError, match=rf"^of 7\nin prompt 0 \({digest}\)$"):
+            method(Collector([7], arrays, fingerprint()))
 
 
 def test_sinks_of_held_out_prompts_are_refused(tmp_path):

@@ -103,6 +103,7 @@ def test_adding_a_prompt_again_changes_nothing_unless_it_differs():
 def test_states_of_different_shape_or_origin_do_not_merge(other):
     with pytest.raises(ValueError, match=r"must have one \(n_layers, n_heads, origin, rankings\)"):
         Statistics(L, H).merge(other)
+    assert Statistics(L, H) != other and other != {}
 
 
 @pytest.mark.parametrize(
@@ -233,6 +234,13 @@ def test_quantiles_count_prompts(n):
         assert summary.mass[Category.SINK][1, 2, summary.level_index(level)] == pytest.approx(max(reached), rel=1e-5)
     assert summary.mass_mean[Category.SINK][0, 0] == pytest.approx(values.mean(), rel=1e-5)
     assert summary.kept == {Category.SINK: 0.1, Category.INTRA_IMAGE: 0.2, Category.INTRA_IMAGE_SINK: 0.3}
+
+
+def test_what_is_kept_counts_every_prompt_alike():
+    """A prompt of a hundred times the pairs weighs no more."""
+    short, long = (np.array([[2, 8], [1, 1], [2, 2], [2, 3]]), np.array([[200, 800], [0, 400], [0, 500], [100, 800]]))
+    kept = state(a=record(pairs=short), b=record(pairs=long)).summarize().kept
+    assert list(kept.values()) == pytest.approx([0.3, 0.45, 0.7])
 
 
 def test_every_number_of_a_summary_stands_where_it_belongs():
