@@ -280,6 +280,16 @@ def test_a_copied_cache_and_one_from_a_tuple_go_on_at_the_same_position(family):
     assert all(torch.equal(logits, want) for logits in got)
 
 
+def test_a_pruned_cache_that_was_cut_is_refused():
+    """What is left of it stands elsewhere than its length says."""
+    model = double_model("qwen2_vl")
+    with patch(model, mixed_profile(model), pruner=DivPrune(0.5)):
+        cache = model(**one_prompt("qwen2_vl")).past_key_values
+        cache.crop(cache.get_seq_length() - 1)
+        with pytest.raises(ValueError, match=r"its cache uncut and unmasked. Got .* -1 tokens decoded so far"):
+            model(input_ids=torch.tensor([[42]]), past_key_values=cache)
+
+
 def test_the_last_token_stays_even_where_it_is_of_an_image():
     layout = Layout(6, 0, 6, np.array([[0, 1, 6, 6]]), unfinished=True)
     attention = LayerAttention(torch.zeros(2, 6, 4), torch.zeros(1, 6, 4), 1.0, None)
