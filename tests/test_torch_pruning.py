@@ -232,6 +232,8 @@ def test_divprune_is_greedy_max_min_diversity():
         assert DivPrune(n / 7)(seen).tolist() == [0, *(1 + np.array(chosen)), 8]
     assert DivPrune(1)(seen).tolist() == list(range(9))
     assert DivPrune(0.01)(seen).tolist() == [0, 6, 8], "one token of each image at least"
+    axes = torch.tensor([[0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [-1, 0], [0, 0]])  # no rounding: nearest 0, last 1
+    assert DivPrune(0.2)(Seen(Layout(7, 0, 7, np.array([[0, 1, 6, 6]])), axes, None)).tolist() == [0, 5, 6]
 
 
 def test_fastv_ranks_by_what_the_last_token_looks_at(family="gemma3"):
