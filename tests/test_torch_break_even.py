@@ -47,8 +47,8 @@ def test_long_prompts_gain_and_short_ones_do_not(costs):
 
 
 def test_the_rule_is_the_formula():
-    """One more product of overhead than what is saved tips it; what is saved is counted exactly."""
-    layout, profile = even_layout(4, 131), profile_of([[0, 2]])
+    """One more product of overhead than what is saved tips it; a layer that is all dense saves and costs nothing."""
+    layout, profile = even_layout(4, 131), profile_of([[0, 2], [0, 0]])
     info = info_of(profile)
     dense, kept = (count_pairs(layout, c, profile.template).total for c in (Category.DENSE, Category.INTRA_IMAGE))
     assert gains(Costs((dense - kept) * 64 - 1, 0, 1.0), profile, info, [layout], 0)

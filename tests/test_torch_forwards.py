@@ -33,6 +33,14 @@ def case(request):
     )
 
 
+def test_ids_may_be_given_by_position(case):
+    rest = dict(case.inputs)
+    ids = rest.pop("input_ids")
+    with patch(case.model, case.profile) as handle:
+        assert torch.equal(case.model(ids, **rest).logits, case.model(**case.inputs).logits)
+        assert handle.report()["forwards"] == {"sparse": 2}
+
+
 def test_a_forward_within_that_of_another_model_changes_nothing(case):
     """Also one past the other model's own hooks, which runs dense."""
     other, inputs = make_model(case.family, seed=1), make_inputs(case.family, [make_ids(2, seed=1)])

@@ -232,6 +232,8 @@ def test_divprune_is_greedy_max_min_diversity():
         assert DivPrune(n / 7)(seen).tolist() == [0, *(1 + np.array(chosen)), 8]
     assert DivPrune(1)(seen).tolist() == list(range(9))
     assert DivPrune(0.01)(seen).tolist() == [0, 6, 8], "one token of each image at least"
+    axes = torch.tensor([[0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [-1, 0], [0, 0]])  # no rounding: nearest 0, last 1
+    assert DivPrune(0.2)(Seen(Layout(7, 0, 7, np.array([[0, 1, 6, 6]])), axes, None)).tolist() == [0, 5, 6]
 
 
 def test_fastv_ranks_by_what_the_last_token_looks_at(family="gemma3"):
@@ -278,6 +280,16 @@ def test_a_copied_cache_and_one_from_a_tuple_go_on_at_the_same_position(family):
         (in_tuple,) = [part for part in model(**prompt, return_dict=False) if isinstance(part, DynamicCache)]
         want, *got = (model(**step, past_key_values=each).logits for each in (cache, copied, in_tuple))
     assert all(torch.equal(logits, want) for logits in got)
+
+
+def test_a_pruned_cache_that_was_cut_is_refused():
+    """What is left of it stands elsewhere than its length says."""
+    model = double_model("qwen2_vl")
+    with patch(model, mixed_profile(model), pruner=DivPrune(0.5)):
+        cache = model(**one_prompt("qwen2_vl")).past_key_values
+        cache.crop(cache.get_seq_length() - 1)
+        with pytest.raises(ValueError, match=r"its cache uncut and unmasked. Got .* -1 tokens decoded so far"):
+            model(input_ids=torch.tensor([[42]]), past_key_values=cache)
 
 
 def test_the_last_token_stays_even_where_it_is_of_an_image():

@@ -45,6 +45,21 @@ def test_the_meter_equals_the_attention_matrix_summed_by_hand(layout, window, se
     np.testing.assert_allclose(stacked(mass).sum(-1), 1, atol=2e-6)
 
 
+def test_a_row_of_one_image_beside_others_shows_nothing():
+    layout = Layout(60, 0, 60, np.arange(3)[:, None] * 18 + np.array([2, 3, 14, 15]))
+    lone = Layout(60, 0, 60, layout.images[:1])
+    q, k, _ = draw_inputs(3, 2, 4, 2, 60, 60, 8, torch.float32)
+    meter = SinkMeter([lone, layout], SimpleNamespace(n_layers=1, n_heads=4), REACH)
+    dense, intra = (
+        torch.stack([lse(q[b], k[b], row, category, 0.5, None) for b, row in enumerate((lone, layout))])
+        for category in (Category.DENSE, Category.INTRA_IMAGE)
+    )
+    meter.add(0, q, k, 0.5, None, dense, intra)
+    nothing, mass = meter.records()
+    assert nothing is None
+    np.testing.assert_allclose(stacked(mass), by_hand(q[1], k[1], layout, 0.5, None), atol=2e-6)
+
+
 class Largest(TorchDispatchMode):
     """Remembers the number of elements of the largest tensor that any operation returned."""
 
@@ -126,6 +141,15 @@ def test_a_model_is_measured_layer_by_layer(family, monkeypatch):
         assert mass.pairs[0].sum() < mass.pairs[2].sum()
     assert not model._forward_pre_hooks
     assert not model.get_input_embeddings()._forward_pre_hooks
+
+
+def test_a_prompt_may_come_without_a_mask():
+    """Then no token of it is padding."""
+    model, masked = make_model("qwen2_5_vl"), make_inputs("qwen2_5_vl", [make_ids(2)])
+    bare = {name: x for name, x in masked.items() if name != "attention_mask"}
+    want, got = measure_sinks(model, [masked, bare])
+    np.testing.assert_allclose(got.log_probs, want.log_probs, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(stacked(got.mass), stacked(want.mass), rtol=0, atol=1e-6)
 
 
 @family_names

@@ -99,6 +99,19 @@ def test_frames_behind_a_cropped_cache():
             assert layouts_of(model, more | dict(past_key_values=cache), history)[0].images.tolist()[:-1] == images[:3]
 
 
+def test_a_video_that_the_padding_follows_is_cut():
+    """As in the first piece of a batch: the video's other frames may come in the next."""
+    film = make_video_inputs([3])
+    positions = positions_of(double_model("qwen2_vl"), film)
+    mask = torch.ones_like(film["input_ids"])
+    mask[:, 4 + 2 * 16 :] = 0  # after two of three frame groups
+    with pytest.raises(Dense, match="a video is cut"):
+        layouts_of(
+            double_model("qwen2_vl"),
+            dict(input_ids=film["input_ids"] * mask, attention_mask=mask, position_ids=positions),
+        )
+
+
 @pytest.mark.parametrize("n_grids", [1, 3])
 def test_grids_that_do_not_match_the_videos(n_grids):
     film = make_video_inputs([3, 2])
