@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from shared_profiles import Category, SinkTemplate
 from shared_profiles._profile_json import VERSION
@@ -150,6 +151,21 @@ def test_rows_that_generate_repeats_count_once(family, options):
         model.generate(**inputs, max_new_tokens=2, **options)
         assert handle.report()["state"] == "measuring"
         model.generate(**prompts_of(family, 1, first=1)[0], max_new_tokens=2, **options)
+        assert handle.profile.summary.n_prompts == 2
+
+
+@family_names
+@pytest.mark.parametrize("left", [True, False])
+def test_a_prompt_counts_once_however_it_is_padded(family, left):
+    model = make_model(family)
+    alone = make_inputs(family, [make_ids(2)], seed=1)
+    tokens = {name: x for name, x in alone.items() if x.shape == alone["input_ids"].shape}
+    padded = alone | {name: functional.pad(x, (5, 0) if left else (0, 5)) for name, x in tokens.items()}
+    with patch(model, measure_prompts=2) as handle:
+        for inputs in (alone, padded, alone):
+            model(**inputs)
+        assert handle.report()["state"] == "measuring"
+        model(**make_inputs(family, [make_ids(2)], seed=2))
         assert handle.profile.summary.n_prompts == 2
 
 
