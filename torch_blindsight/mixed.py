@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from blindsight_kernels.checks import check_categories, check_keys, check_layouts
-from blindsight_kernels.triton_prefill import check_inputs, triton_attention
+from blindsight_kernels.triton_prefill import triton_attention
 from shared_profiles import Category, Layout, SinkTemplate
 from torch_blindsight.vendor import vendor_attention, vendor_serves
 
@@ -42,10 +41,7 @@ def mixed_attention(
     Raises:
         ValueError, NotImplementedError: as `triton_attention`.
     """
-    check_inputs(q, k, v, scale)
-    check_layouts(layouts, q.shape[0], q_start, q.shape[2])
-    check_keys(k.shape[2], q_start + q.shape[2])
-    check_categories(categories, q.shape[1])
+    # `triton_attention` checks the arguments.
     dense = np.flatnonzero(np.asarray(categories) == Category.DENSE).tolist()
     by_vendor = len(dense) > 0 and _vendor_is_faster(q, k, v, layouts, window, q_start)
     out, lse = triton_attention(
