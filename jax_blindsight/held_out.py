@@ -14,7 +14,7 @@ from jax_blindsight.params import Params
 from jax_blindsight.prefill import sparse_prefill
 from jax_blindsight.settings import with_own_settings
 from shared_profiles.collection import of_prompt
-from shared_profiles.measured import Measured, divergence
+from shared_profiles.measured import Measured, divergence, require_numbers
 from shared_profiles.profile import Profile
 from shared_profiles.split import require_held_out
 
@@ -73,11 +73,8 @@ class HeldOut:
             with of_prompt(f"held-out prompt {prompt_id}"):
                 done = sparse_prefill(params, prompt, capacity=n, dense=dense, impl=self._impl)
                 row = np.asarray(jax.nn.log_softmax(done.logits.astype(np.float32), axis=-1))
-                if dense and np.isnan(row).any():
-                    raise ValueError(
-                        "the model must answer with numbers. Got NaN or inf in the logits of the next token. Are "
-                        "prompt and weights in order, and is their dtype wide enough?"
-                    )
+                if dense:
+                    require_numbers(row)
             ran.add(done.how)
             rows.append(row)
         return np.concatenate(rows), ran

@@ -17,12 +17,12 @@ import numpy as np
 
 from shared_profiles._values import rounded
 from shared_profiles.categories import Category
-from shared_profiles.classifier import Thresholds, classify
+from shared_profiles.classifier import Thresholds, check_quantile, classify
 from shared_profiles.measured import Measure
 from shared_profiles.path import kept_pairs, pairs_of, path_of
 from shared_profiles.profile import CurvePoint, Profile
 from shared_profiles.profile_parts import heads_of
-from shared_profiles.summary import LEVELS, RANKINGS, Summary
+from shared_profiles.summary import RANKINGS, Summary
 
 EVALUATIONS = 12
 """Choices that a search measures at most."""
@@ -71,8 +71,7 @@ def budget_of(budget: Budget | float | None, thresholds: Thresholds | None) -> B
     if budget is not None and thresholds is not None:
         raise ValueError("categories must be chosen by a budget or by thresholds. Got both. Leave one out.")
     if thresholds is not None:
-        if thresholds.quantile not in LEVELS:  # said before all is measured
-            raise ValueError(f"the quantile must be a multiple of 0.05 in [0, 1]. Got {thresholds.quantile}.")
+        check_quantile(thresholds)
         return None
     return budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from shared_profiles._values import rounded
 from shared_profiles.categories import SPARSE, Category
-from shared_profiles.summary import Summary
+from shared_profiles.summary import LEVELS, Summary
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,16 @@ class Thresholds:
     def to_choice(self) -> dict[str, Any]:
         """The `choice` of a profile whose categories these thresholds gave."""
         return {"method": "thresholds", **asdict(self)}
+
+
+def check_quantile(thresholds: Thresholds, called: str = "the quantile") -> None:
+    """Refuses, before anything is measured, a quantile that no statistics keep.
+
+    Raises:
+        ValueError: it is none of `LEVELS`; the message calls it as asked.
+    """
+    if thresholds.quantile not in LEVELS:
+        raise ValueError(f"{called} must be a multiple of 0.05 in [0, 1]. Got {thresholds.quantile}.")
 
 
 def classify(summary: Summary, thresholds: Thresholds) -> np.ndarray:

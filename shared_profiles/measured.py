@@ -68,6 +68,19 @@ def groups(n_images: np.ndarray) -> list[tuple[int, int]]:
     return found
 
 
+def require_numbers(log_probs: np.ndarray) -> None:
+    """Refuses what a dense model answers where it is no distribution.
+
+    Raises:
+        ValueError: a log-probability is NaN.
+    """
+    if np.isnan(log_probs).any():
+        raise ValueError(
+            "the model must answer with numbers. Got NaN or inf in the logits of the next token. Are prompt and "
+            "weights in order, and is their dtype wide enough?"
+        )
+
+
 def divergence(dense: np.ndarray, sparse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What separates two models' next tokens: `Measured.kl` and `Measured.agree`.
 

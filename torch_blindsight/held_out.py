@@ -15,7 +15,7 @@ from torch import nn
 
 from shared_profiles import Layout
 from shared_profiles.collection import of_prompt
-from shared_profiles.measured import Measured, divergence
+from shared_profiles.measured import Measured, divergence, require_numbers
 from shared_profiles.processes import ALONE, Processes
 from shared_profiles.profile import Profile
 from shared_profiles.split import require_held_out
@@ -68,11 +68,8 @@ class HeldOut:
                 reference.layout = None
                 with of_prompt(f"held-out prompt {prompt_id}"):
                     log_probs = self._log_probs(prompts[prompt_id])
-                    if reference.layout is not None and np.isnan(log_probs).any():
-                        raise ValueError(
-                            "the model must answer with numbers. Got NaN or inf in the logits of the next token. Are "
-                            "prompt and weights in order, and is their dtype wide enough?"
-                        )
+                    if reference.layout is not None:
+                        require_numbers(log_probs)
                 if reference.layout is not None:
                     self._prompts[prompt_id], self._dense[prompt_id] = prompts[prompt_id], log_probs
                     layout = reference.layout

@@ -36,15 +36,16 @@ class Chunk:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Chunk:
-        """The new tokens of a forward, copied: a server may write its next prompt into the same tensors.
-
-        A decode step holds no video.
-        """
-        ids = arguments["input_ids"].clone()
+        """The new tokens of a forward. A decode step holds no video."""
+        ids = arguments["input_ids"]
         if ids.shape[1] == 1:
             return cls(ids)
-        grids, positions = (arguments.get(name) for name in ("video_grid_thw", "position_ids"))
-        return cls(ids, None if grids is None else grids.clone(), None if positions is None else positions.clone())
+        return cls(ids, arguments.get("video_grid_thw"), arguments.get("position_ids"))
+
+    def clone(self) -> Chunk:
+        """A copy that nobody else can write into."""
+        grids, positions = (None if x is None else x.clone() for x in (self.grids, self.positions))
+        return Chunk(self.ids.clone(), grids, positions)
 
     def cut(self, n: int) -> Chunk:
         """Its first `n` tokens. Grids are listed for all rows together: whose are left is not known."""
@@ -102,7 +103,7 @@ class TokenHistory:
         if known is None or (length and len(known.chunks[0].ids) != len(chunk.ids)):  # rows were repeated or selected
             self._known.pop(cache, None)
             return
-        known.chunks.append(chunk)
+        known.chunks.append(chunk.clone())  # a server may write its next prompt into the same tensors
         known.length, known.keys = length + chunk.ids.shape[1], _keys_of(cache)
         self._known[cache] = known
 
@@ -152,7 +153,7 @@ def read_layouts(
     mask = arguments.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + ids.shape[1]):
         raise Dense("attention_mask is not [batch, tokens]")
-    if past and not any(bool((ids == token).any()) for token in special.placeholders):
+    if past and not holds_pictures(ids, special):
         # Known without the whole cache's tokens: an assistant's candidates come by the thousand.
         raise Dense(NO_IMAGE_TOKENS)
     chunks = [Chunk.of(arguments)]
@@ -251,6 +252,11 @@ def next_token_logits(model: nn.Module, prompt: Mapping[str, Any]) -> Tensor:
         n_after = int((mask[0] != 0).flip(0).int().argmax())
     logits: Tensor = model(**prompt, use_cache=False, logits_to_keep=1 + n_after).logits[:, 0]
     return logits
+
+
+def holds_pictures(ids: Tensor, special: SpecialTokens) -> bool:
+    """Whether there are placeholders among tokens."""
+    return any(bool((ids == token).any()) for token in special.placeholders)
 
 
 def worth_it(layouts: list[Layout], q_start: int) -> None:

@@ -25,7 +25,7 @@ from shared_profiles import Layout
 from torch_blindsight.attention import AttendLayer, Prefill, current_prefill
 from torch_blindsight.models import ModelInfo
 from torch_blindsight.modes import SparseMode
-from torch_blindsight.prompts import Dense, worth_it
+from torch_blindsight.prompts import Dense, holds_pictures, worth_it
 
 REFUSAL = (
     "a patch with a pruner takes prompts with images one at a time, whole, unpadded, on a dynamic cache. Got: {}. "
@@ -166,7 +166,7 @@ class Pruning:
             return False
         if ids is not None:
             is_step = past > 0 and ids.shape[1] == 1
-            if is_step or not any(bool((ids == token).any()) for token in self._info.special.placeholders):
+            if is_step or not holds_pictures(ids, self._info.special):
                 return False
         mask, labels, rows = arguments.get("attention_mask"), arguments.get("labels"), arguments.get("logits_to_keep")
         slides = [layer.is_sliding for layer in cache.layers] if cache is not None else []

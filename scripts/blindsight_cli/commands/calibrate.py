@@ -24,12 +24,11 @@ from blindsight_cli.output import note, print_json, results, span
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
 from shared_profiles import SinkTemplate
 from shared_profiles.budget import Budget, chosen_point
-from shared_profiles.classifier import Thresholds
+from shared_profiles.classifier import Thresholds, check_quantile
 from shared_profiles.collection import check_local_block
 from shared_profiles.lookup import FILE_NAME, cache_path
 from shared_profiles.profile import Profile
 from shared_profiles.state_files import state_files
-from shared_profiles.summary import LEVELS
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells count it."""
@@ -79,7 +78,8 @@ def run_calibrate(
         ValueError, OSError: see `load_backend`, `read_prompts` and the `calibrate` of either library.
         OSError: the profile cannot be saved there; the message says where it is kept instead.
     """
-    check_quantile(how)
+    if isinstance(how, Thresholds):
+        check_quantile(how, "--quantile")
     template = None if sinks is None else read_sinks(sinks, local_block)
     check_local_block(None, local_block)
     check_family(checkpoint)
@@ -191,12 +191,6 @@ def _check_files(data: Path, out: Path, state: Path | None, merge: list[Path]) -
     for file in merge:
         if not file.is_file():
             raise ValueError(f"--merge must name a state, as --state writes it. There is no {file}.")
-
-
-def check_quantile(how: Budget | Thresholds) -> None:
-    """Refuses a quantile that no statistics have."""
-    if isinstance(how, Thresholds) and how.quantile not in LEVELS:
-        raise ValueError(f"--quantile must be a multiple of 0.05 in [0, 1]. Got {how.quantile}.")
 
 
 def tell_choice(profile: Profile) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from blindsight_cli.backends import BackendName, load_backend
-from blindsight_cli.commands.calibrate import check_quantile, spared, tell_choice
+from blindsight_cli.commands.calibrate import spared, tell_choice
 from blindsight_cli.commands.profile import category_table, print_curve
 from blindsight_cli.errors import ExitCode
 from blindsight_cli.folders import require_writable
@@ -22,7 +22,7 @@ from blindsight_cli.loading import load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
 from shared_profiles.budget import Budget, chosen_point, retune, retune_by_thresholds, tune, verify
-from shared_profiles.classifier import Thresholds
+from shared_profiles.classifier import Thresholds, check_quantile
 from shared_profiles.profile import Profile
 
 
@@ -58,7 +58,10 @@ def run_retune(
     out = out or path
     others = {} if verify_with is None else {"PROMPTS": verify_with[1]}
     require_writable("--out", out, others, kind="profile")
-    check_quantile(Budget(how) if isinstance(how, float) else how)
+    if isinstance(how, Thresholds):
+        check_quantile(how, "--quantile")
+    else:
+        Budget(how)  # refuses what is none, before the model is loaded
     if ranking is not None and (verify_with is None or not isinstance(how, float)):
         raise ValueError("--ranking orders the heads of a new search: give --budget and --verify CHECKPOINT PROMPTS.")
     if verify_with is None:
