@@ -132,11 +132,12 @@ class Collector[P]:
         statistics = self._files.begin(self._fingerprint, template, self._rankings)
         for prompt_id, mass in self._sinks.items():
             statistics.add_sinks(prompt_id, mass)
-        met, order = set(statistics.prompt_ids), hashlib.sha256()
+        met = set(statistics.prompt_ids)
+        given = hashlib.sha256(self._split.rule.encode() if self._split is not None else b"")
         unsaved = skipped = held_out = turn = 0
         try:
             for prompt_id, prompt in self._stream:
-                order.update(prompt_id.encode())
+                given.update(prompt_id.encode())
                 if prompt is not None and self._split is not None and self._split.holds_out(prompt_id, prompt):
                     held_out += 1
                     continue
@@ -159,14 +160,12 @@ class Collector[P]:
         finally:
             if unsaved:
                 self._files.save(statistics)
-        parts, skips, orders = zip(
-            *self._processes.gather((statistics, skipped, order.hexdigest())),
-            strict=True,
-        )
-        if len(set(orders)) > 1:
+        parts, skips, kinds = zip(*self._processes.gather((statistics, skipped, given.hexdigest())), strict=True)
+        if len(set(kinds)) > 1:
             raise ValueError(
-                f"every process must be given the same prompts in the same order. Got {len(set(orders))} orders from "
-                f"{self._processes.n} processes. Give all of them all prompts: the work is dealt out here."
+                "every process must be given the same prompts in the same order, and the same held-out ones. "
+                f"Got {len(set(kinds))} kinds of them in {self._processes.n} processes. Give all of them all prompts: "
+                "the work is dealt out here."
             )
         whole = reduce(Statistics.merge, parts)
         if not len(whole):

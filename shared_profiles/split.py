@@ -34,6 +34,11 @@ class Split[P]:
         self.share = float(share)
         self.prompts: dict[str, P] = {}
 
+    @property
+    def rule(self) -> str:
+        """What decides which prompts are held out."""
+        return f"a share of {self.share}"
+
     def claims(self, prompt_id: str) -> bool:
         """Whether a prompt is on the held-out side, wherever it may come from."""
         return is_held_out(prompt_id, self.share)
@@ -59,6 +64,11 @@ class Given[P](Split[P]):
     def __init__(self, prompts: dict[str, P]) -> None:
         require_held_out(len(prompts), 0)
         self.prompts = prompts
+
+    @property
+    def rule(self) -> str:
+        """See `Split`."""
+        return " ".join(sorted(self.prompts))
 
     def claims(self, prompt_id: str) -> bool:
         """Whether a prompt is one of them."""

@@ -20,7 +20,7 @@ from shared_profiles.collection import Collector, check_local_block
 from shared_profiles.processes import ALONE, Processes
 from shared_profiles.provenance import make_profile
 from shared_profiles.sink_statistics import LEARN_FROM, SinkMass, learn_template
-from shared_profiles.split import Split
+from shared_profiles.split import Given, Split
 from shared_profiles.state_files import one_writer, origin_of, read_origin
 from shared_profiles.statistics import PromptStatistics, Statistics
 
@@ -72,13 +72,15 @@ class Machine:
             template = collector.learn(self.look, 8)
         return collector.collect(self.measure, template or SinkTemplate())
 
-    def run_on(self, n, prompts_of, **options):
+    def run_on(self, n, prompts_of, split_of=None, **options):
         """What each of n processes returned or raised; `prompts_of` gives each its prompts."""
         barrier, board, ended = threading.Barrier(n), [None] * n, [None] * n
 
         def work(rank):
             try:
-                ended[rank] = self.run(prompts_of(rank), processes=Threads(rank, n, barrier, board), **options)
+                own = {"split": split_of(rank)} if split_of else {}
+                processes = Threads(rank, n, barrier, board)
+                ended[rank] = self.run(prompts_of(rank), processes=processes, **options, **own)
             except (ValueError, threading.BrokenBarrierError) as error:  # of all of them
                 ended[rank] = error
             except (Killed, OSError) as error:
@@ -224,6 +226,14 @@ def test_processes_must_be_given_the_same_prompts(tmp_path):
     ended = Machine().run_on(2, lambda rank: range(0, N, 2))
     assert all("Got none (20 prompts with fewer)" in str(error) for error in ended), "counted over all processes"
     assert not (tmp_path / "state.npz").exists()
+
+
+def test_processes_must_be_given_the_same_held_out_prompts():
+    """Each would measure its share of another list, and some prompts of either would be measured by nobody."""
+    given = [{"one": 101, "two": 103}, {"two": 103, "one": 101}, {"one": 101, "three": 105}]
+    assert all(len(s) == N // 2 for s in Machine().run_on(2, lambda rank: range(N), lambda rank: Given(given[rank])))
+    ended = Machine().run_on(2, lambda rank: range(N), lambda rank: Given(given[rank + 1]))
+    assert all("and the same held-out ones. Got 2 kinds of them in 2" in str(error) for error in ended)
 
 
 def test_a_template_is_learned_from_the_first_prompts_that_are_calibrated_on(tmp_path):
