@@ -271,6 +271,18 @@ def test_fastv_ranks_by_what_the_last_token_looks_at(family="gemma3"):
     assert kept.tolist() == np.union1d(np.setdiff1d(np.arange(layout.n_tokens), tokens), best).tolist()
 
 
+@pytest.mark.parametrize("pruner", [FastV(0.5), DivPrune(0.5)], ids=["FastV", "DivPrune"])
+def test_a_pruned_forward_may_be_differentiated(pruner):
+    """Or merely be called where nobody turned gradients off: what a pruner chooses has none."""
+    model, prompt = double_model("qwen2_vl"), one_prompt("qwen2_vl")
+    with patch(model, mixed_profile(model), pruner=pruner):
+        want = model(**prompt).logits
+        with torch.enable_grad():
+            got = model(**prompt).logits
+            (gradient,) = torch.autograd.grad(got.sum(), model.get_input_embeddings().weight)
+    assert torch.equal(got, want) and gradient.any()
+
+
 @family_names
 def test_a_copied_cache_and_one_from_a_tuple_go_on_at_the_same_position(family):
     model, prompt, step = double_model(family), one_prompt(family), dict(input_ids=torch.tensor([[42]]))
