@@ -91,6 +91,7 @@ def test_weights_that_are_cast_or_moved_are_those_that_were_loaded(tiny, dtype):
         for name in names:
             params = jax.tree.map(lambda x, name=name: x.astype(name), params)
         params.require_loaded()
+    jax.device_get(loaded).require_loaded()
     moved = jax.device_put(pickle.loads(pickle.dumps(loaded)), jax.devices()[0])
     jax.jit(lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16), p))(moved).require_loaded()
 
