@@ -281,8 +281,11 @@ SPOILED = {
     "schema": (lambda folder: edit_json(folder / "blindsight_jax.json", schema="blindsight-jax/9"), "blindsight-jax/9"),
     "dtype": (lambda folder: edit_json(folder / "blindsight_jax.json", dtype="int4"), "int4"),
     "fingerprint": (lambda folder: edit_json(folder / "blindsight_jax.json", fingerprint={}), "must be a manifest"),
-    "tied": (lambda folder: edit_json(folder / "config.json", tie_word_embeddings=True), "weights of the model in"),
-    "shape": (lambda folder: larger(folder), "weights of the model in"),
+    "tied": (
+        lambda folder: edit_json(folder / "config.json", tie_word_embeddings=True),
+        "not of that model: .*lm_head",
+    ),
+    "shape": (lambda folder: larger(folder), r"weights of the model in config.json\. Of another shape.*embedding"),
 }
 
 

@@ -300,6 +300,12 @@ def test_a_profile_beside_a_snapshot_is_found_by_the_name_on_the_hub(family, tmp
     mixed_profile(model).save(snapshot / FILE_NAME)
     with patch(model) as handle:
         assert handle.report()["profile"] == str(snapshot / FILE_NAME)
+    monkeypatch.chdir(tmp_path)
+    Path("acme/tiny").mkdir(parents=True)
+    with patch(model) as handle:
+        assert handle.report()["state"] == "measuring", (
+            "a folder of that name goes before the hub, as it does in loading"
+        )
     for name in ("acme/other", "gone/a/folder"):
         model.config._name_or_path = name
         with patch(model) as handle:
