@@ -277,6 +277,7 @@ def cut(folder: Path) -> None:
 SPOILED = {
     "cut": (cut, "must hold the files that blindsight_jax.json names"),
     "lost": (lambda folder: shutil.rmtree(folder / "weights"), "missing"),
+    "more": (lambda folder: (folder / "weights" / "stray").write_text("x"), "missing or not named: stray"),
     "manifest": (lambda folder: (folder / "blindsight_jax.json").write_text("{}"), "must be a manifest"),
     "schema": (lambda folder: edit_json(folder / "blindsight_jax.json", schema="blindsight-jax/9"), "blindsight-jax/9"),
     "dtype": (lambda folder: edit_json(folder / "blindsight_jax.json", dtype="int4"), "int4"),
