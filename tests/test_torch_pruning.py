@@ -199,6 +199,11 @@ def test_keeping_all_and_prompts_that_run_dense(model, family):
             got = model(**inputs, use_cache=False).logits[0]
             assert handle.report()["forwards"] == {f"dense: {reason}, pruned": 1}
         torch.testing.assert_close(got, want, **EXACT)
+    lone = in_double(make_inputs(family, [make_ids(1)]))
+    want = model(**lone).logits
+    with patch(model, profile, pruner=DivPrune(1)) as handle:
+        torch.testing.assert_close(model(**lone).logits, want, **EXACT)
+        assert handle.report()["forwards"] == {"dense: fewer than two images, pruned": 1}
     text = dict(input_ids=torch.tensor([[1, 10, 11], [1, 12, 13]]))
     with patch(model, profile, pruner=Fixed(whole, 1)) as handle:
         first = model(**text)
