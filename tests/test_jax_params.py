@@ -91,6 +91,7 @@ def test_weights_that_are_cast_or_moved_are_those_that_were_loaded(tiny, dtype):
         for name in names:
             params = jax.tree.map(lambda x, name=name: x.astype(name), params)
         params.require_loaded()
+    jax.device_get(loaded).require_loaded()
     moved = jax.device_put(pickle.loads(pickle.dumps(loaded)), jax.devices()[0])
     jax.jit(lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16), p))(moved).require_loaded()
 
@@ -276,12 +277,16 @@ def cut(folder: Path) -> None:
 SPOILED = {
     "cut": (cut, "must hold the files that blindsight_jax.json names"),
     "lost": (lambda folder: shutil.rmtree(folder / "weights"), "missing"),
+    "more": (lambda folder: (folder / "weights" / "stray").write_text("x"), "missing or not named: stray"),
     "manifest": (lambda folder: (folder / "blindsight_jax.json").write_text("{}"), "must be a manifest"),
     "schema": (lambda folder: edit_json(folder / "blindsight_jax.json", schema="blindsight-jax/9"), "blindsight-jax/9"),
     "dtype": (lambda folder: edit_json(folder / "blindsight_jax.json", dtype="int4"), "int4"),
     "fingerprint": (lambda folder: edit_json(folder / "blindsight_jax.json", fingerprint={}), "must be a manifest"),
-    "tied": (lambda folder: edit_json(folder / "config.json", tie_word_embeddings=True), "weights of the model in"),
-    "shape": (lambda folder: larger(folder), "weights of the model in"),
+    "tied": (
+        lambda folder: edit_json(folder / "config.json", tie_word_embeddings=True),
+        "not of that model: .*lm_head",
+    ),
+    "shape": (lambda folder: larger(folder), r"weights of the model in config.json\. Of another shape.*embedding"),
 }
 
 

@@ -10,8 +10,12 @@ from typing import Any
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
-from jax_blindsight.sharding import make_mesh
+from jax_blindsight.config import ModelConfig
+from jax_blindsight.sharding import make_mesh, param_shardings
+from tiny_models import make_model
 
 HIDDEN = "f32[1,128,64]"  # [B, T, E] of one of the four devices along the data axis
 
@@ -100,3 +104,19 @@ def test_what_does_not_fit_is_refused(qwen, what, message):
 
 def test_a_mesh_of_one_device():
     assert make_mesh().devices.tolist() == [[jax.devices()[0]]]
+
+
+def test_what_cannot_be_split_evenly_is_on_every_device():
+    """As 3,420 columns of Qwen2.5-VL's tower over eight; the decoder's must be split, or the mesh is refused."""
+    mesh = AbstractMesh((1, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    config = make_model("qwen2_5_vl").config
+    for more in (0, 1):
+        config.text_config.vocab_size, config.vision_config.intermediate_size = 96 + more, 48 + more
+        placed = param_shardings(ModelConfig.from_hf(config), mesh)
+        decoder, block = placed["decoder"], placed["vision"]["blocks"][0]
+        assert decoder["embed_tokens"]["embedding"].spec == (P() if more else P("model", None))
+        assert decoder["lm_head"]["kernel"].spec == block["mlp"]["gate_proj"]["kernel"].spec
+        assert decoder["lm_head"]["kernel"].spec == (P() if more else P(None, "model"))
+        assert block["mlp"]["gate_proj"]["bias"].spec == (P() if more else P("model"))
+        assert block["mlp"]["down_proj"]["kernel"].spec == decoder["embed_tokens"]["embedding"].spec
+        assert decoder["layers"][0]["mlp"]["down_proj"]["kernel"].spec == P("model", None)

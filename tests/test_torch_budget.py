@@ -238,20 +238,21 @@ def test_a_sure_models_gradients_do_not_vanish_in_float16():
 
 
 @family_names
-def test_padding_behind_a_prompt_is_not_taken_for_its_end(family):
+def test_padding_around_a_prompt_is_not_taken_for_a_part_of_it(family):
     """The next token is the one after the prompt, not after the padding, where nothing changes it."""
     model, padded = make_model(family), []
     prompts = prompts_of(family, 4)
     for prompt in prompts:
         rows = {name: x for name, x in prompt.items() if x.shape == prompt["input_ids"].shape}
-        padded.append(prompt | {name: torch.nn.functional.pad(x, (0, 5)) for name, x in rows.items()})
-    plain, behind = (
+        padded.append(prompt | {name: torch.nn.functional.pad(x, (2, 5)) for name, x in rows.items()})
+    plain, around = (
         calibrate(model, some[:2], held_out=some[2:], budget=Budget(1e-4, "error"), **QUIET)
         for some in (prompts, padded)
     )
-    np.testing.assert_array_equal(behind.categories, plain.categories)
-    assert len(behind.curve) == len(plain.curve) > 2
-    for mine, other in zip(behind.curve, plain.curve, strict=True):
+    assert around.provenance.n_tokens == plain.provenance.n_tokens == sum(x["input_ids"].numel() for x in prompts)
+    np.testing.assert_array_equal(around.categories, plain.categories)
+    assert len(around.curve) == len(plain.curve) > 2
+    for mine, other in zip(around.curve, plain.curve, strict=True):
         assert mine.kl == pytest.approx(other.kl, rel=1e-3, abs=1e-6)
     harm = measure_in_torch(model, padded[0]).harm["gradient"]
     assert (harm[:, :, :3] > 0).all()

@@ -229,9 +229,13 @@ def test_a_chunk_of_gemma_sees_of_its_image_what_exists():
     border = 4 + 20 + 10  # ten tokens into the second image
     dense = pieces.run(border)
     assert (dense - pieces.run()).abs().max() > 0.1
+    window = 24  # a first piece of which the sliding layers' caches lack one key
+    after_window = pieces.run(window)
     with patch(model, everything_kept(model)) as handle:
         torch.testing.assert_close(pieces.run(border), dense, **EXACT)
         assert handle.report()["forwards"] == {"sparse": 2}
+        torch.testing.assert_close(pieces.run(window), after_window, **EXACT)
+        assert handle.report()["forwards"] == {"sparse": 3, "dense: fewer than two images": 1}
     profile = mixed_profile(model)
     with patch(model, profile):
         got = pieces.run(border)

@@ -134,10 +134,12 @@ def test_a_prompt_with_an_answer_behind_it_is_known(family, log):
     assert any("a prompt could not be measured, another one will be" in message for _, message in log())
 
 
-def test_a_prompt_that_is_cut_within_an_image_is_not_measured():
-    model, (inputs,) = make_model("gemma3"), prompts_of("gemma3", 1)
+@pytest.mark.parametrize("rows", [[make_ids(3)], [make_ids(3), make_ids(3, text=9)]], ids=["alone", "beside another"])
+def test_a_prompt_that_is_cut_within_an_image_is_not_measured(rows):
+    """The other row of the batch is cut within its text."""
+    model, inputs = make_model("gemma3"), make_inputs("gemma3", rows)
     with patch(model, measure_prompts=1) as handle:
-        model.generate(**inputs, max_new_tokens=1, prefill_chunk_size=30)
+        model.generate(**inputs, max_new_tokens=1, prefill_chunk_size=58)
         assert handle.report()["forwards"] == {"dense: only whole prompts are measured": 2}
         assert handle.report()["state"] == "measuring"
 
@@ -298,6 +300,12 @@ def test_a_profile_beside_a_snapshot_is_found_by_the_name_on_the_hub(family, tmp
     mixed_profile(model).save(snapshot / FILE_NAME)
     with patch(model) as handle:
         assert handle.report()["profile"] == str(snapshot / FILE_NAME)
+    monkeypatch.chdir(tmp_path)
+    Path("acme/tiny").mkdir(parents=True)
+    with patch(model) as handle:
+        assert handle.report()["state"] == "measuring", (
+            "a folder of that name goes before the hub, as it does in loading"
+        )
     for name in ("acme/other", "gone/a/folder"):
         model.config._name_or_path = name
         with patch(model) as handle:

@@ -199,6 +199,11 @@ def test_keeping_all_and_prompts_that_run_dense(model, family):
             got = model(**inputs, use_cache=False).logits[0]
             assert handle.report()["forwards"] == {f"dense: {reason}, pruned": 1}
         torch.testing.assert_close(got, want, **EXACT)
+    lone = in_double(make_inputs(family, [make_ids(1)]))
+    want = model(**lone).logits
+    with patch(model, profile, pruner=DivPrune(1)) as handle:
+        torch.testing.assert_close(model(**lone).logits, want, **EXACT)
+        assert handle.report()["forwards"] == {"dense: fewer than two images, pruned": 1}
     text = dict(input_ids=torch.tensor([[1, 10, 11], [1, 12, 13]]))
     with patch(model, profile, pruner=Fixed(whole, 1)) as handle:
         first = model(**text)
@@ -269,6 +274,18 @@ def test_fastv_ranks_by_what_the_last_token_looks_at(family="gemma3"):
     best = tokens[np.argsort(received)[-12:]]
     kept = FastV(0.25, 3)(seen[-1])
     assert kept.tolist() == np.union1d(np.setdiff1d(np.arange(layout.n_tokens), tokens), best).tolist()
+
+
+@pytest.mark.parametrize("pruner", [FastV(0.5), DivPrune(0.5)], ids=["FastV", "DivPrune"])
+def test_a_pruned_forward_may_be_differentiated(pruner):
+    """Or merely be called where nobody turned gradients off: what a pruner chooses has none."""
+    model, prompt = double_model("qwen2_vl"), one_prompt("qwen2_vl")
+    with patch(model, mixed_profile(model), pruner=pruner):
+        want = model(**prompt).logits
+        with torch.enable_grad():
+            got = model(**prompt).logits
+            (gradient,) = torch.autograd.grad(got.sum(), model.get_input_embeddings().weight)
+    assert torch.equal(got, want) and gradient.any()
 
 
 @family_names

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Gemma3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from shared_profiles import Category, SpecialTokens, family_of
 from shared_profiles.profile import Profile, ProfileError, ProfileMismatchError
 from tiny_models import END, IMAGE, START, VIDEO, family_names, make_ids, make_inputs, make_model, mixed_profile, patch
 from torch_blindsight import calibrate, fingerprint
-from torch_blindsight.attention import check_masked
+from torch_blindsight.attention import announce, blindsight_attention, check_masked
+from torch_blindsight.models import inspect_model
 
 
 @pytest.fixture
@@ -116,6 +118,21 @@ def test_dense_attention_that_torch_masks_wrongly():
     check_masked(1 << 40, torch.device("cpu"))
     with pytest.raises(NotImplementedError, match=r"at most 4294967296 .* Got 4295098369. Prefill in pieces"):
         check_masked(65537**2, cuda)
+
+
+def test_a_dense_forward_asks_whether_torch_masks_it_wrongly():
+    """Gemma's own attention of 65,537 tokens on CUDA, with its mask; tensors that only have a shape."""
+    (module, *_) = inspect_model(make_model("gemma3")).attentions
+    announce(None, module.config)
+    with FakeTensorMode():
+        q, k = (torch.empty(1, heads, 65537, 8, device="cuda", dtype=torch.bfloat16) for heads in (2, 1))
+        mask = torch.empty(1, 1, 65536, 65537, device="cuda", dtype=torch.bool)
+        for rows, keys, its_mask in ((65537, 65537, None), (65536, 65536, mask[..., :65536])):
+            kv = k[:, :, :keys]
+            assert blindsight_attention(module, q[:, :, :rows], kv, kv, its_mask)[0].shape == (1, rows, 2, 8)
+        with pytest.raises(NotImplementedError, match=r"at most 4294967296 .* Got 4295032832"):
+            blindsight_attention(module, q[:, :, :65536], k, k, mask)
+    announce(None)
 
 
 @family_names

@@ -10,9 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tiny_models import family_names, make_model
 from torch_blindsight import patch
+from torch_blindsight.models import inspect_model
 
 KINDS = ("prompt", "batch")
 
@@ -66,3 +72,33 @@ def test_a_model_whose_split_cannot_be_told_is_refused():
     model._tp_size = 2  # as transformers notes it; projections as of a quantized model
     with pytest.raises(NotImplementedError, match=r"by heads \(tp_plan, not quantized\). Got 4 heads over 2 pro"):
         patch(model)
+
+
+@pytest.fixture
+def middle():
+    """The second of three processes, which stands for all of them; and a function that gives it its part of a model."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=3)
+    mesh = init_device_mesh("cpu", (3,))
+
+    def split(placement, layers):
+        model = make_model("qwen2_vl", n_layers=2)
+        model._tp_size = 3
+        model.config.text_config.num_attention_heads = 6
+        for layer in layers:
+            projection = model.get_decoder().layers[layer].self_attn.q_proj
+            part = DTensor.from_local(projection.weight.detach(), mesh, [placement], run_check=False)
+            projection.weight = torch.nn.Parameter(part)
+        return model
+
+    yield split
+    dist.destroy_process_group()
+
+
+def test_a_process_has_the_heads_that_it_projects(middle):
+    """Or none can be told: split by what goes in, not at all, not in every layer, or not by whole heads."""
+    assert inspect_model(middle(Shard(0), [0, 1])).heads == range(2, 4)
+    uneven = middle(Shard(0), [0, 1])
+    uneven.config.text_config.num_attention_heads = 4
+    for model in (middle(Shard(1), [0, 1]), middle(Replicate(), [0, 1]), middle(Shard(0), [1]), uneven):
+        with pytest.raises(NotImplementedError, match=r"split evenly by heads .* over 3 processes, split otherwise"):
+            inspect_model(model)

@@ -54,7 +54,7 @@ def make_model(family: str, seed: int = 0, n_layers: int = 4) -> torch.nn.Module
     if family == "gemma3":
         text |= dict(
             head_dim=16,
-            query_pre_attn_scalar=16,
+            query_pre_attn_scalar=21,  # not head_dim, as in Gemma 3 27B: 168 of 128
             sliding_window=24,
             layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"][-n_layers:],
         )

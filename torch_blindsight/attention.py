@@ -85,10 +85,10 @@ def announce(prefill: Prefill | None, config: object = None) -> None:
 
     Args:
         prefill: None for one that runs dense, or none.
-        config: the language model's configuration, where a forward runs dense.
+        config: the language model's configuration; it matters where a forward runs dense.
     """
     current_prefill.set(prefill)
-    _in_progress.set(config if prefill is None else prefill.config)
+    _in_progress.set(config)
     _announced.sparse = prefill is not None
 
 

@@ -69,10 +69,9 @@ class GradientObserver(Observer):
             for number in reversed(range(len(calls))):
                 layer, (hidden, *args), kwargs = calls.pop()
                 hidden = hidden.detach().requires_grad_()
-                result = layer(hidden, *args, **kwargs)
+                outputs = layer(hidden, *args, **kwargs)
                 assert self._seen is not None
                 out, (q, k, v, scale, window) = self._seen
-                outputs = result[0] if isinstance(result, tuple) else result
                 by_out = None
                 if out.requires_grad:
                     gradient, by_out = torch.autograd.grad(outputs, (hidden, out), gradient, allow_unused=True)
@@ -83,7 +82,7 @@ class GradientObserver(Observer):
                         "Budget(..., 'residual'), --ranking residual."
                     )
                 self._seen = None
-                del result, outputs, out, hidden
+                del outputs, out, hidden
                 self.measure(number, q, k, v, scale, window, by_out)
         finally:
             announce(None)
@@ -100,17 +99,13 @@ def measure_with_gradient(model: nn.Module, mode: GradientMode, prompt: Mapping[
     last: list[Tensor] = []
 
     def call(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not args:
-            kwargs = dict(kwargs)
-            args = (kwargs.pop("hidden_states"),)
         calls.append((layer, args, kwargs))
 
-    def cut(layer: nn.Module, args: tuple, output: Any) -> Any:
+    def cut(layer: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """The last layer's output becomes a leaf: only what follows it is differentiated at once."""
         torch.set_grad_enabled(True)
-        hidden = output[0] if isinstance(output, tuple) else output
-        last.append(hidden.detach().requires_grad_())
-        return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
+        last.append(output.detach().requires_grad_())
+        return last[0]
 
     hooks = [layer.register_forward_pre_hook(call, with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(cut))
@@ -145,7 +140,7 @@ def differentiable_dense(
     causal = all(x.start == 0 and x.stop == n and not x.bidirectional for x in layouts)
     if causal and (window is None or window >= n):
         group = q.shape[1] // k.shape[1]
-        k, v = (x[:, :, :n].repeat_interleave(group, dim=1) for x in (k, v))
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2).contiguous()
     heads = [Category.DENSE] * q.shape[1]
     return portable_attention(q, k, v, layouts, heads, template, scale=scale, window=window)[0]

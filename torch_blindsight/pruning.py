@@ -240,7 +240,7 @@ class Pruning:
             prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
         ) -> Tensor:
             if layer == self.pruner.layer - 1 and isinstance(prefill, PrunedPrefill):
-                prefill.before = LayerAttention(q[0], k[0], scale, window)
+                prefill.before = LayerAttention(q[0].detach(), k[0].detach(), scale, window)
             return attend(prefill, layer, q, k, v, scale, window)
 
         return attend_and_note

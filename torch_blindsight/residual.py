@@ -82,7 +82,7 @@ class ResidualStream:
 
     def _noting(self, layer: int) -> Any:
         def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]  # [B, T, E]
+            hidden = args[0]  # [B, T, E]
             precise = torch.promote_types(hidden.dtype, torch.float32)
             self._norms[layer] = torch.linalg.vector_norm(hidden.detach(), dim=-1, dtype=precise)
 
