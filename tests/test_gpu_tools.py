@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import subprocess
 import sys
 import time
 from importlib import import_module
@@ -50,6 +52,25 @@ def test_tests_of_a_file_share_a_worker(tmp_path, monkeypatch):
     results = import_module("blindsight_gpu.results").Results(tmp_path / "x.json", "x", {}, dry_run=False, seconds=9)
     assert "no test ran" in correctness._suite(results, measure.Place(dry_run=False))["failure"]
     assert asked[0][asked[0].index("--dist") + 1] == "loadfile"
+
+
+def test_a_test_that_breaks_the_gpu_fails_no_other(tmp_path):
+    """Its worker ends behind it, as one that hangs or crashes, and another goes on with the next test."""
+    (tmp_path / "test_a.py").write_text(
+        "import os\n"
+        "def test_one(): raise RuntimeError('CUDA error: misaligned address')\n"
+        "def test_two(): assert os.environ['PYTEST_XDIST_WORKER'] == 'gw1'\n"
+    )
+    options = ("-p", "conftest", "-p", "no:cacheprovider", "-v", "-n", "1", "--dist", "loadfile")
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--rootdir", tmp_path, tmp_path],
+        capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    ends = re.findall(r"(PASSED|FAILED) test_a.py::test_(\w+)", done.stdout)
+    assert ends[0] == ("FAILED", "one") and ("PASSED", "two") in ends, done.stdout
+    assert done.stdout.count("crashed while running 'test_a.py::test_one'\n") == 1
+    assert "RuntimeError: CUDA error: misaligned address" in done.stdout
 
 
 @pytest.mark.parametrize(
