@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def test_the_files_with_gpu_tests_are_found(tmp_path):
     assert [path.stem for path in correctness.marked_files(tmp_path)] == ["test_far", "test_marked"]
     here = {path.stem for path in correctness.marked_files(tree_scripts.ROOT / "tests")}
     assert {"test_kernels_triton", "test_kernels_pallas", "test_torch_compile", "test_parity_kernel"} <= here
+
+
+def test_what_torch_says_of_a_first_backward_pass_on_a_gpu_is_no_error():
+    """Autograd's thread may begin with cuBLAS, which says so once, and goes on."""
+    said = "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context..."
+    warnings.warn(said, UserWarning, stacklevel=1)
 
 
 def test_tests_of_a_file_share_a_worker(tmp_path, monkeypatch):
