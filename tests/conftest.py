@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch and transformers are first imported, here or in a subprocess a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share few cores, and sums keep one order
@@ -80,3 +82,43 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch = pytest.importorskip("torch", reason="needs a CUDA GPU, and torch to reach it; torch is not installed")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU; torch.cuda.is_available() is False here")
+
+
+_LOST = re.compile(r"CUDA error|CUDA_ERROR_(?!OUT_OF)|Triton Error \[CUDA\]")
+_lost: set[str] = set()  # tests after which this process can use the GPU no more
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Notes a failed launch: after an illegal access every later CUDA call of the process fails."""
+    error = call.excinfo and call.excinfo.value
+    if isinstance(error, RuntimeError) and _LOST.search(str(error)):
+        _lost.add(item.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """Ends xdist's worker behind such a test, so that another runs the rest of its file."""
+    if nodeid in _lost and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `--dist loadfile`: xdist's own would run a test that ended its worker again and again, and no other."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Once(LoadFileScheduling):
+        def remove_node(self, node: Any) -> str | None:
+            units = self.assigned_work[node].values()
+            running = next(((unit, test) for unit in units for test, done in unit.items() if not done), None)
+            if running is None:
+                return super().remove_node(node)
+            unit, test = running
+            unit[test] = True
+            super().remove_node(node)
+            return test
+
+    return Once(config, log)

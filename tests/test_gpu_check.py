@@ -290,9 +290,22 @@ def test_what_breaks_before_measuring_costs_rows_and_no_part(tmp_path, monkeypat
     assert found.document["left_out"] == []
 
 
+def test_a_dense_model_that_breaks_costs_no_sparse_figure():
+    model = import_module("blindsight_gpu.model")
+
+    def forward(turn=0):
+        raise RuntimeError("no plan")
+
+    place = measure.Place(dry_run=True)
+    assert model._side("dense", forward, place) == {"dense_note": "failed: RuntimeError: no plan"}
+    with pytest.raises(RuntimeError, match="no plan"):
+        model._side("sparse", forward, place)
+
+
 def test_a_peer_that_breaks_the_gpu_ends_its_process():
     assert results.note_of(ValueError("no such mask")) == "failed: ValueError: no such mask"
-    for said in ("CUDA error: misaligned address", "CUDA_ERROR_MISALIGNED_ADDRESS"):
+    triton = "an illegal instruction was encountered"  # what Triton puts before it has brackets
+    for said in ("CUDA error: misaligned address", "CUDA_ERROR_MISALIGNED_ADDRESS", triton):
         with pytest.raises(RuntimeError, match=said):
             results.note_of(RuntimeError(said))
 

@@ -147,6 +147,16 @@ def test_a_side_of_a_model_that_did_not_fit_has_its_reason(tmp_path):
     )
 
 
+def test_errors_of_many_lines_break_no_table(tmp_path):
+    """Nor do those with bars, or a list."""
+    noted = ATTENTION | dict(flex_note="failed: InductorError: no choices\n\n| M | N |\n")
+    failed = {"case": "b", "failure": "AcceleratorError: CUDA error\nFor debugging consider\n"}
+    (tmp_path / "gpu-attention.json").write_text(json.dumps(result("attention", [noted, failed])))
+    text = tables.section(tmp_path)
+    assert "| – failed: InductorError: no choices \\| M \\| N \\| |" in text
+    assert text.endswith("- b: AcceleratorError: CUDA error For debugging consider")
+
+
 def test_two_plots_are_drawn_and_shown_where_there_are_results(tmp_path):
     readme, found = tmp_path / "README.md", tmp_path / "results"
     found.mkdir()

@@ -50,7 +50,8 @@ def _suite(results: Results, place: Place) -> Row:
     command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
     command += [f"--timeout={_TEST_SECONDS}", "--timeout-method=thread"]
     if not place.dry_run and find_spec("xdist") is not None:
-        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]
+        # By file, as the suite's own groups are: pytest 9.2 loses those, and every worker would compile everything.
+        command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
     command += [str(path.relative_to(ROOT)) for path in files]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"

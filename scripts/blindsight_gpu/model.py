@@ -30,7 +30,7 @@ from blindsight_gpu.models import (
     without_tower,
 )
 from blindsight_gpu.prompts import TEMPLATE, lengths, make_inputs, make_layout, mixed
-from blindsight_gpu.results import Cases, Results, Row
+from blindsight_gpu.results import Cases, Results, Row, note_of
 from shared_profiles.plan import build_plan
 from shared_profiles.profile import Profile
 from torch_blindsight import fingerprint, patch
@@ -126,6 +126,10 @@ def _side(side: str, forward: Callable[..., None], place: Place) -> Row:
         peak, seconds = peak_and_seconds(forward, place)
     except torch.OutOfMemoryError:
         return {f"{side}_note": "out of GPU memory"}
+    except Exception as error:
+        if side == "sparse":
+            raise
+        return {f"{side}_note": note_of(error)}  # a peer that breaks: our own figures stay
     return {f"{side}_s": seconds, f"{side}_peak_gib": peak}
 
 

@@ -35,8 +35,8 @@ def causal_dense(q: Tensor, k: Tensor, v: Tensor, place: Place) -> tuple[Tensor,
         try:
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), name
-        except RuntimeError as error:  # "No available kernel": it does not take this head dimension
-            if "vailable kernel" not in str(error):
+        except RuntimeError as error:  # it does not take this head dimension, or takes it and finds no plan
+            if not any(words in str(error) for words in ("vailable kernel", "cuDNN Frontend error")):
                 raise
     raise DoesNotFit(f"neither cuDNN nor flash takes {tuple(q.shape)} in {q.dtype}")
 

@@ -22,13 +22,14 @@ Row = dict[str, Any]
 Cases = dict[str, Callable[[], Row]]
 # The exit status of a part whose process can use the GPU no more, and of one that has measured its one row.
 POISONED, NEXT = 3, 4
-# What the errors say after which a process must end: torch's and JAX's words for a failed launch.
+# What the errors say after which a process must end: torch's, JAX's and Triton's words for a failed launch.
 _STICKY = (
     "CUDA error",
     "CUDA_ERROR_ILLEGAL",
     "CUDA_ERROR_LAUNCH",
     "CUDA_ERROR_MISALIGNED",
     "illegal memory access",
+    "illegal instruction",
     "misaligned address",
     "unspecified launch failure",
 )
@@ -140,9 +141,10 @@ class Results:
     def _measure(self, case: str, function: Callable[[], Row]) -> None:
         """Runs one case; its result is on disk when this returns.
 
-        An exception becomes the row's `failure`: one failing case must not cost the others.
+        An exception becomes the row's `failure`: one failing case must not cost the others. Only an exception can say
+        that the GPU is lost to this process: a `failure` that the case returns is of a program that it started.
         """
-        begun = time.monotonic()
+        begun, said = time.monotonic(), ""
         self.document["left_out"].remove(case)
         self.document["running"] = case
         self.write()
@@ -152,7 +154,8 @@ class Results:
             row = {"case": case, **function()}
         except Exception as error:  # reported in the row, and by the part's exit code
             traceback.print_exc()
-            row = {"case": case, "failure": f"{type(error).__name__}: {str(error)[:500]}"}
+            said = str(error)
+            row = {"case": case, "failure": f"{type(error).__name__}: {said[:500]}"}
         finally:
             faulthandler.cancel_dump_traceback_later()
         row |= {"row_seconds": round(time.monotonic() - begun, 2), **self.watch(begun)}
@@ -160,7 +163,7 @@ class Results:
         self.document["running"] = None
         self.write()
         print(f"  {case}: {row.get('failure') or f'{row["row_seconds"]} s'}", flush=True)
-        if is_sticky(row.get("failure", "")):
+        if is_sticky(said):
             sys.exit(POISONED)
 
     @property

@@ -112,7 +112,12 @@ def _good(document: dict[str, Any]) -> list[Row]:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """On one line and without bars: compilers' errors, which are notes, have many of both."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _number(row: Row, name: str, form: str = "{:.2f}", note: str = "") -> str:
@@ -300,7 +305,8 @@ def _profile(rows: list[Row]) -> str:
 
 def _missing(documents: dict[str, dict[str, Any]]) -> str:
     """What was asked for and has no figure: misses are published too."""
-    lines = [f"- {row['case']}: {row['failure']}" for d in documents.values() for row in d["rows"] if "failure" in row]
+    failed = [row for d in documents.values() for row in d["rows"] if "failure" in row]
+    lines = [f"- {row['case']}: {' '.join(row['failure'].split())}" for row in failed]
     lines += [f"- {d['running']}: did not end" for d in documents.values() if d["running"] is not None]
     lines += [f"- {case}: left out for want of time" for d in documents.values() for case in d["left_out"]]
     return "\n".join(["Not measured:", "", *lines]) if lines else ""
