@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from blindsight_cli import errors, main
-from blindsight_cli.commands import demo, doctor
+from blindsight_cli.commands import bench, demo, doctor
 from blindsight_cli.main import app
 from blindsight_cli.report import CurveRow, ModelInfo, ReportData, TemplateInfo
 from shared_profiles import Category
@@ -370,3 +370,12 @@ def test_doctor_looks_at_a_checkpoint(tmp_path: Path) -> None:
     code, found = checks(folder)
     assert code == 3 and "'llama'" in found["checkpoint"]["detail"]
     assert checks(tmp_path / "nothing")[0] == 1
+
+
+@pytest.mark.parametrize("what", [[], ["jax-decode"]])
+def test_bench_without_jax_measures_nothing_first(what, monkeypatch):
+    """Of `all` it had lost the figures of several minutes."""
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "BENCHMARKS", {"attention": pytest.fail, "jax-decode": pytest.fail})
+    result = blindsight("bench", *what)
+    assert result.exit_code == 3 and "this command needs jax, which is not installed" in " ".join(result.stderr.split())

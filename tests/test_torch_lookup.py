@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from shared_profiles.lookup import FILE_NAME, cache_path
 from shared_profiles.profile import Profile, ProfileError, ProfileMismatchError
 from tiny_models import family_names, make_ids, make_inputs, make_model, make_video_inputs, mixed_profile, patch
 from torch_blindsight import calibrate, fingerprint
+from torch_blindsight.freeze import _prompts
+from torch_blindsight.models import inspect_model
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -132,6 +135,27 @@ def test_a_prompt_with_an_answer_behind_it_is_known(family, log):
         model(**prompts[2])
         assert handle.profile.provenance.n_prompts == 2
     assert any("a prompt could not be measured, another one will be" in message for _, message in log())
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_pictures_that_are_encoded_already_tell_prompts_apart(kind):
+    """As `generate` of later transformers passes them: its forwards see no pixels."""
+    special = inspect_model(make_model("qwen2_vl")).special
+    ids = torch.tensor([make_ids(2)] * 2)
+    ids[ids == special.image] = {"image": special.image, "video": special.video}[kind]
+    rows = [SimpleNamespace(start=0, stop=ids.shape[1])] * 2
+    n = int((ids[0] == ids[0].mode().values).sum())
+    first, second = torch.randn(2, n, 4)
+    shapes = ([first[:3], first[3:], second], torch.stack([first, second]))  # pictures of different sizes, of one
+    for outputs in shapes:
+        encoded = {kind: SimpleNamespace(pooler_output=outputs)}
+        one, other = _prompts(rows, {"input_ids": ids, "mm_encoder_outputs": encoded}, special)
+        again = _prompts(
+            rows[:1],
+            {"input_ids": ids[:1], "mm_encoder_outputs": {kind: SimpleNamespace(pooler_output=[first])}},
+            special,
+        )[0]
+        assert again.repeats(one) and not other.repeats(one)
 
 
 @pytest.mark.parametrize("rows", [[make_ids(3)], [make_ids(3), make_ids(3, text=9)]], ids=["alone", "beside another"])

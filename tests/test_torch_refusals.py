@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Gemma3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from shared_profiles import Category, SpecialTokens, family_of
+from shared_profiles.layout import NO_IMAGE_TOKENS
 from shared_profiles.profile import Profile, ProfileError, ProfileMismatchError
 from tiny_models import END, IMAGE, START, VIDEO, family_names, make_ids, make_inputs, make_model, mixed_profile, patch
 from torch_blindsight import calibrate, fingerprint
@@ -181,3 +184,15 @@ def test_the_fingerprint_knows_adapters(model, family):
     adapted.base_layer, adapted.lora_A = attention.q_proj, nn.Linear(64, 4, bias=False)
     attention.q_proj = adapted
     assert fingerprint(model).digest != mine.digest
+
+
+def test_the_page_of_limits_lists_every_reason_to_run_dense():
+    """And no other: those of the patch, of JAX, and of layouts, which both ask."""
+    root = Path(__file__).resolve().parents[1]
+    files = [f"torch_blindsight/{name}.py" for name in ("modes", "observe", "patching", "prompts")]
+    code = "".join((root / name).read_text(encoding="utf-8") for name in (*files, "jax_blindsight/prefill.py"))
+    known = {"fewer than two images", NO_IMAGE_TOKENS}
+    known |= {*re.findall(r'Dense\("([^"]+)"', code), *re.findall(r'"dense: ([\w ]+)"', code)}
+    page = (root / "docs" / "limits.md").read_text(encoding="utf-8").partition("## Refused")[0]
+    cells = re.findall(r"^\| (`[^|]+`) \|", page, re.MULTILINE)[1:]  # below the head
+    assert {reason for cell in cells for reason in re.findall(r"`([^`]+)`", cell)} == known

@@ -105,7 +105,7 @@ class _Prompt:
 
     Attributes:
         ids: `[N]`, without padding.
-        pictures: SHA-256 of its pixels, an array of bytes.
+        pictures: SHA-256 of its pixels, or of what the vision tower made of them, an array of bytes.
     """
 
     ids: np.ndarray
@@ -124,8 +124,14 @@ def _prompts(layouts: list[Layout], arguments: Mapping[str, Any], special: Speci
     """The rows of a forward."""
     ids = arguments["input_ids"].cpu().numpy()
     pictures = [hashlib.sha256() for _ in ids]
-    for name, token in (("pixel_values", special.image), ("pixel_values_videos", special.video)):
+    encoded = arguments.get("mm_encoder_outputs") or {}  # instead of pixels, from `generate` of later transformers
+    for name, kind, token in (
+        ("pixel_values", "image", special.image),
+        ("pixel_values_videos", "video", special.video),
+    ):
         pixels = arguments.get(name)
+        if pixels is None and encoded.get(kind) is not None:
+            pixels = torch.cat([picture.detach().flatten(0, -2) for picture in encoded[kind].pooler_output])
         if pixels is not None:
             # An image of as many tokens has as many rows of pixels.
             share = (ids == token).sum(1)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -207,6 +208,7 @@ def run_bench(*, what: str, out: Path | None, repeats: int, as_json: bool) -> in
 
     Raises:
         ValueError: an unknown benchmark, fewer than one repeat, or a file that cannot be written.
+        ModuleNotFoundError: one of them needs JAX, which is not installed; nothing was measured.
     """
     names = list(BENCHMARKS) if what == "all" else [what]
     if unknown := [name for name in names if name not in BENCHMARKS]:
@@ -215,6 +217,8 @@ def run_bench(*, what: str, out: Path | None, repeats: int, as_json: bool) -> in
         raise ValueError(f"repeats must be at least 1. Got {repeats}.")
     if out is not None:
         require_writable("--out", out, kind="benchmark")
+    if find_spec("jax") is None and any(name.startswith("jax") for name in names):  # not after minutes of the others
+        raise ModuleNotFoundError("No module named 'jax'", name="jax")
     torch.manual_seed(0)
     cpu, cores = describe_cpu()
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
