@@ -230,12 +230,8 @@ def _check(
             f"the work must be built for impl={impl!r}. Got a {type(work).__name__}, which is that of {built_for!r}. "
             "Build it with jax_blindsight.implementations.build_work."
         )
-    if (
-        k.shape != v.shape
-        or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3])
-        or q.shape[1] % k.shape[1]
-        or not q.dtype == k.dtype == v.dtype
-    ):
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
+    if not fits or not k.shape[1] or q.shape[1] % k.shape[1] or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             "q, k and v must be [B, H, T, D], [B, K, S, D], [B, K, S, D] of one dtype with H a multiple of K. Got "
             f"{q.shape}, {k.shape}, {v.shape}; {q.dtype}, {k.dtype}, {v.dtype}."
