@@ -239,11 +239,13 @@ def test_decode_steps_refuse_what_is_not_one_token_a_row(cache):
         (dict(max_new_tokens=2.5), "max_new_tokens must be an integer of at least 1. Got 2.5"),
         (dict(temperature=-1.0), "temperature must be a finite number"),
         (dict(temperature=float("nan")), "temperature must be a finite number"),
+        (dict(temperature=float("inf")), "temperature must be a finite number"),
         (dict(temperature=1.0, top_k=0), "top_k must be an integer of at least 1"),
         (dict(temperature=1.0, top_k=2.5), "top_k must be an integer of at least 1"),
         (dict(temperature=1.0, top_p=0.0), r"top_p must be in \(0, 1\]"),
         (dict(temperature=1.0, top_p=1.5), r"top_p must be in \(0, 1\]"),
         (dict(top_k=3), "with temperature=0"),
+        (dict(top_p=0.5), "with temperature=0"),
     ],
 )
 def test_options_of_generate(options, message):
