@@ -14,7 +14,7 @@ same program, and pays for its own tiles only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -48,6 +48,7 @@ class AttentionWork:
         n_gathered: `[B, 4]` how many gathered tiles are real: none where tiles hold the text rows as well.
         gathered_rows: `[B, T]` positions, ascending; then 0.
         packed: `[B, 4, P]` positions, ascending; then 0.
+        n_keys: S of the keys that it is for.
     """
 
     q_start: np.ndarray
@@ -58,11 +59,12 @@ class AttentionWork:
     n_gathered: np.ndarray
     gathered_rows: np.ndarray
     packed: np.ndarray
+    n_keys: int = field(metadata=dict(static=True))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(getattr(self, f.name).nbytes for f in fields(self))
+        return sum(x.nbytes for x in jax.tree.leaves(self))
 
 
 def attention_work(
@@ -116,6 +118,7 @@ def attention_work(
         n_gathered=np.array([s.n_gathered for s in sequences], dtype=np.int32),
         gathered_rows=stack([[s.gathered_rows] for s in sequences], n_queries)[:, 0],
         packed=stack([s.packed for s in sequences], n_packed),
+        n_keys=n_keys,
     )
 
 

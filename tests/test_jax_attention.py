@@ -347,8 +347,10 @@ def test_refusals():
     with pytest.raises(ValueError, match="of one dtype"):
         call(k=k.astype(jnp.float32))
     for one in (work, for_pallas):
-        with pytest.raises(ValueError, match=r"B, T = \(1, 64\) rows. Got one of \(1, 128\)"):
+        with pytest.raises(ValueError, match=r"B, T, S = \(1, 64, 128\). Got one of \(1, 128, 128\)"):
             call(q=q[:, :, :64], work=one)
+        with pytest.raises(ValueError, match=r"B, T, S = \(1, 128, 64\). Got one of \(1, 128, 128\)"):
+            call(k=k[:, :, :64], v=v[:, :, :64], work=one)
     with pytest.raises(ValueError, match=r"one of .* per query head, H=4"):
         call(categories=(3,))
     with pytest.raises(ValueError, match=r"one of .* per query head, H=4"):
