@@ -180,7 +180,7 @@ def test_what_does_not_fit_into_the_cache(cache):
         sparse_prefill(params, text, cache=cache)
     with pytest.raises(ValueError, match=r"as many rows as the cache has, 1. Got 2"):
         sparse_prefill(params, {"input_ids": np.full((2, 3), 9)}, cache=cache)
-    hidden = {"input_ids": np.full((1, 3), 9), "attention_mask": np.array([[0] * 10 + [1] * 39])}
+    hidden = {"input_ids": np.full((1, 3), 9), "attention_mask": np.array([[0] + [1] * 48])}  # the first token alone
     with pytest.raises(ValueError, match=r"attention_mask must be 1 at the tokens in the cache.* of 46 slots"):
         sparse_prefill(params, hidden, cache=cache)
     padded = {"input_ids": np.full((1, 3), 9), "attention_mask": np.array([[1, 1, 0]])}
