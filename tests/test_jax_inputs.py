@@ -207,7 +207,7 @@ def test_an_image_cannot_begin_where_another_ends_without_a_delimiter(family):
         {name: x[:, part] if x.shape == inputs["input_ids"].shape else x for name, x in inputs.items()}
         for part in (slice(end), slice(end - IMAGE_TOKENS, None))
     ]
-    first = sparse_prefill(params, pieces[0])
+    first = sparse_prefill(params, pieces[0], capacity=end)  # just as much as it needs
     with pytest.raises(ValueError, match=r"border has placeholders on both sides. Keep every image's delimiters"):
         sparse_prefill(params, pieces[1], cache=first.cache)
 
