@@ -230,23 +230,19 @@ def _check(
             f"the work must be built for impl={impl!r}. Got a {type(work).__name__}, which is that of {built_for!r}. "
             "Build it with jax_blindsight.implementations.build_work."
         )
-    if (
-        k.shape != v.shape
-        or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3])
-        or q.shape[1] % k.shape[1]
-        or not q.dtype == k.dtype == v.dtype
-    ):
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
+    if not fits or not k.shape[1] or q.shape[1] % k.shape[1] or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             "q, k and v must be [B, H, T, D], [B, K, S, D], [B, K, S, D] of one dtype with H a multiple of K. Got "
             f"{q.shape}, {k.shape}, {v.shape}; {q.dtype}, {k.dtype}, {v.dtype}."
         )
     if mesh is not None:
         check_batch(mesh, q.shape[0])
-    given, wanted = _rows_of(work, mesh), (q.shape[0], q.shape[2])
+    given, wanted = _sizes_of(work, mesh), (q.shape[0], q.shape[2], k.shape[2])
     if given != wanted:
         raise ValueError(
-            f"the work must be of B, T = {wanted} rows. Got one of {given}. Build it from the layouts of this batch "
-            "with n_queries=T."
+            f"the work must be of B, T, S = {wanted}. Got one of {given}. Build it from the layouts of this batch with "
+            "n_queries=T and n_keys=S."
         )
     if np.shape(categories) != (q.shape[1],) or not (
         isinstance(categories, jax.core.Tracer) or np.isin(categories, list(map(int, Category))).all()
@@ -256,10 +252,9 @@ def _check(
         )
 
 
-def _rows_of(work: AttentionWork | PallasWork, mesh: Mesh | None) -> tuple[int, ...]:
-    """B and T that a work is of."""
+def _sizes_of(work: AttentionWork | PallasWork, mesh: Mesh | None) -> tuple[int, ...]:
+    """B, T and S that a work is of."""
     if isinstance(work, AttentionWork):
-        return work.gathered_rows.shape
-    if mesh is not None and work.span.ndim == 3:
-        return work.span.shape[0] * work.n_batch, work.n_queries
-    return work.n_batch, work.n_queries
+        return *work.gathered_rows.shape, work.n_keys
+    n_shards = work.span.shape[0] if mesh is not None and work.span.ndim == 3 else 1
+    return n_shards * work.n_batch, work.n_queries, work.n_keys

@@ -14,7 +14,7 @@ same program, and pays for its own tiles only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -46,8 +46,9 @@ class AttentionWork:
         n_tiles: `[B, 4]` how many tiles are real.
         gathered: `[B, m, 7]` the same columns; the rows are those from row_start to row_stop in `gathered_rows`.
         n_gathered: `[B, 4]` how many gathered tiles are real: none where tiles hold the text rows as well.
-        gathered_rows: `[B, T]` positions, ascending; then `q_start + T`, which is no row.
+        gathered_rows: `[B, T]` positions, ascending; then 0.
         packed: `[B, 4, P]` positions, ascending; then 0.
+        n_keys: S of the keys that it is for.
     """
 
     q_start: np.ndarray
@@ -58,11 +59,12 @@ class AttentionWork:
     n_gathered: np.ndarray
     gathered_rows: np.ndarray
     packed: np.ndarray
+    n_keys: int = field(metadata=dict(static=True))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(getattr(self, f.name).nbytes for f in fields(self))
+        return sum(x.nbytes for x in jax.tree.leaves(self))
 
 
 def attention_work(
@@ -104,8 +106,8 @@ def attention_work(
     n_tiles = -(-n_queries // _tile_rows(Category.SINK, template)) + 2 * n_images + 1
     n_packed = power_of_two(max(len(p) for s in sequences for p in s.packed), _PACKED)
 
-    def stack(rows: list[list[np.ndarray]], n: int, fill: int = 0) -> np.ndarray:
-        return np.stack([np.stack([_pad(x, n, fill) for x in row]) for row in rows])
+    def stack(rows: list[list[np.ndarray]], n: int) -> np.ndarray:
+        return np.stack([np.stack([_pad(x, n) for x in row]) for row in rows])
 
     return AttentionWork(
         q_start=np.full(len(layouts), q_start, dtype=np.int32),
@@ -114,8 +116,9 @@ def attention_work(
         n_tiles=np.array([[len(x) for x in s.tiles] for s in sequences], dtype=np.int32),
         gathered=stack([[s.gathered] for s in sequences], -(-n_queries // GATHERED_ROWS))[:, 0],
         n_gathered=np.array([s.n_gathered for s in sequences], dtype=np.int32),
-        gathered_rows=stack([[s.gathered_rows] for s in sequences], n_queries, q_start + n_queries)[:, 0],
+        gathered_rows=stack([[s.gathered_rows] for s in sequences], n_queries)[:, 0],
         packed=stack([s.packed for s in sequences], n_packed),
+        n_keys=n_keys,
     )
 
 
@@ -208,9 +211,9 @@ def _runs(positions: np.ndarray) -> list[tuple[int, int]]:
     return [(int(piece[0]), int(piece[-1]) + 1) for piece in pieces if len(piece)]
 
 
-def _pad(x: np.ndarray, n: int, fill: int) -> np.ndarray:
-    """`x` as int32, its first axis filled up to n."""
-    out = np.full((n, *x.shape[1:]), fill, dtype=np.int32)
+def _pad(x: np.ndarray, n: int) -> np.ndarray:
+    """`x` as int32, its first axis filled up to n with zeros."""
+    out = np.zeros((n, *x.shape[1:]), dtype=np.int32)
     out[: len(x)] = x
     return out
 

@@ -21,7 +21,7 @@ from jax_blindsight import attention
 from jax_blindsight.attention import attend
 from jax_blindsight.implementations import build_work, implementation
 from jax_blindsight.portable import attend_sequence
-from jax_blindsight.work import attention_work
+from jax_blindsight.work import GATHERED_ROWS, attention_work
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from strategies import chunks, layouts, templates
 
@@ -90,11 +90,12 @@ def test_equals_the_reference(data, template, window, seed):
 @pytest.mark.parametrize("q_start", [0, 90], ids=["whole", "chunk"])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])
 def test_long_text_long_images_and_many_sinks(q_start, window, bidirectional):
-    """Tiles and chunks of every kind: long runs of text, gathered short ones, images of several tiles."""
+    """Tiles and chunks of every kind: runs of text, long, gathered and just between, images of several tiles."""
     images = np.array([(130, 131, 331, 332), (333, 334, 434, 435), (435, 436, 836, 837)])
-    layout = Layout(920, 0, 920, images, bidirectional)
+    n = 836 + 2 * GATHERED_ROWS  # the last run is just long enough for tiles of its own
+    layout = Layout(n, 0, n, images, bidirectional)
     template = SinkTemplate(local_block=96)
-    inputs = draw_inputs(2, 1, 4, 2, 920 - q_start, 920, DIM)
+    inputs = draw_inputs(2, 1, 4, 2, n - q_start, n, DIM)
     check([layout], ALL, template, inputs, window=window, q_start=q_start, n_queries=960, n_keys=960)
 
 
@@ -339,13 +340,17 @@ def test_refusals():
         call(impl="pallas")
     with pytest.raises(ValueError, match="Got 'triton'"):
         call(impl="triton")
-    with pytest.raises(ValueError, match="H a multiple of K"):
-        call(q=q[:, :3])
+    wrong = dict(q=q[:, :3]), dict(q=q[0]), dict(q=q[..., :32]), dict(v=v[:, :1]), dict(k=k[:, :0], v=v[:, :0])
+    for arrays in (*wrong, dict(q=jnp.zeros((2, 4, 128, 64), q.dtype))):
+        with pytest.raises(ValueError, match="H a multiple of K"):
+            call(**arrays)
     with pytest.raises(ValueError, match="of one dtype"):
         call(k=k.astype(jnp.float32))
     for one in (work, for_pallas):
-        with pytest.raises(ValueError, match=r"B, T = \(1, 64\) rows. Got one of \(1, 128\)"):
+        with pytest.raises(ValueError, match=r"B, T, S = \(1, 64, 128\). Got one of \(1, 128, 128\)"):
             call(q=q[:, :, :64], work=one)
+        with pytest.raises(ValueError, match=r"B, T, S = \(1, 128, 64\). Got one of \(1, 128, 128\)"):
+            call(k=k[:, :, :64], v=v[:, :, :64], work=one)
     with pytest.raises(ValueError, match=r"one of .* per query head, H=4"):
         call(categories=(3,))
     with pytest.raises(ValueError, match=r"one of .* per query head, H=4"):

@@ -180,7 +180,7 @@ def test_what_does_not_fit_into_the_cache(cache):
         sparse_prefill(params, text, cache=cache)
     with pytest.raises(ValueError, match=r"as many rows as the cache has, 1. Got 2"):
         sparse_prefill(params, {"input_ids": np.full((2, 3), 9)}, cache=cache)
-    hidden = {"input_ids": np.full((1, 3), 9), "attention_mask": np.array([[0] * 10 + [1] * 39])}
+    hidden = {"input_ids": np.full((1, 3), 9), "attention_mask": np.array([[0] + [1] * 48])}  # the first token alone
     with pytest.raises(ValueError, match=r"attention_mask must be 1 at the tokens in the cache.* of 46 slots"):
         sparse_prefill(params, hidden, cache=cache)
     padded = {"input_ids": np.full((1, 3), 9), "attention_mask": np.array([[1, 1, 0]])}
@@ -207,7 +207,7 @@ def test_an_image_cannot_begin_where_another_ends_without_a_delimiter(family):
         {name: x[:, part] if x.shape == inputs["input_ids"].shape else x for name, x in inputs.items()}
         for part in (slice(end), slice(end - IMAGE_TOKENS, None))
     ]
-    first = sparse_prefill(params, pieces[0])
+    first = sparse_prefill(params, pieces[0], capacity=end)  # just as much as it needs
     with pytest.raises(ValueError, match=r"border has placeholders on both sides. Keep every image's delimiters"):
         sparse_prefill(params, pieces[1], cache=first.cache)
 
@@ -239,11 +239,13 @@ def test_decode_steps_refuse_what_is_not_one_token_a_row(cache):
         (dict(max_new_tokens=2.5), "max_new_tokens must be an integer of at least 1. Got 2.5"),
         (dict(temperature=-1.0), "temperature must be a finite number"),
         (dict(temperature=float("nan")), "temperature must be a finite number"),
+        (dict(temperature=float("inf")), "temperature must be a finite number"),
         (dict(temperature=1.0, top_k=0), "top_k must be an integer of at least 1"),
         (dict(temperature=1.0, top_k=2.5), "top_k must be an integer of at least 1"),
         (dict(temperature=1.0, top_p=0.0), r"top_p must be in \(0, 1\]"),
         (dict(temperature=1.0, top_p=1.5), r"top_p must be in \(0, 1\]"),
         (dict(top_k=3), "with temperature=0"),
+        (dict(top_p=0.5), "with temperature=0"),
     ],
 )
 def test_options_of_generate(options, message):

@@ -36,7 +36,7 @@ def test_a_prompt_and_an_answer(strict):
     decode_step(model.params, [20, 21], done.cache)
     narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
     assert np.isfinite(sparse_prefill(narrow, in_numpy(inputs), capacity=200).logits).all()
-    generate(model.params, in_numpy(inputs), max_new_tokens=2, temperature=1.0, top_k=5, eos=())
+    generate(model.params, in_numpy(inputs), max_new_tokens=2, temperature=1.0, top_k=5, top_p=1.0, eos=())
 
 
 def test_a_calibration(strict):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jax_blindsight.buckets import bucket
 from jax_blindsight.work import attention_work
-from shared_profiles import Layout, SinkTemplate
+from shared_profiles import Category, Layout, SinkTemplate
 
 
 def even_layout(n: int, image: int) -> Layout:
@@ -27,6 +27,19 @@ def test_shapes_depend_on_buckets_alone_and_are_int32():
     assert all(s == shapes[0] for s in shapes)
     assert {x.dtype for x in jax.tree.leaves(works[0])} == {np.dtype(np.int32)}
     assert all(shape[0] == 1 for shape in shapes[0])  # every array leads with B
+
+
+def test_a_row_of_many_images_beside_one_of_none():
+    """There is room for the tiles and the packed keys of both."""
+    rows = even_layout(2000, 5), Layout(2000, 0, 2000, np.zeros((0, 4)))
+    work = attention_work(rows, SinkTemplate(), n_queries=2048, n_keys=2048)
+    assert work.n_tiles[:, Category.SINK].tolist() == [400, 16] and work.packed.shape[2] == 2048
+
+
+def test_a_row_that_ended_long_before_the_chunk_has_no_tiles():
+    layout = Layout(400, 0, 60, even_layout(60, 30).images)
+    work = attention_work([layout], SinkTemplate(), q_start=300, n_queries=128, n_keys=512)
+    assert not work.n_tiles.any() and not work.n_gathered.any()
 
 
 @pytest.mark.parametrize("window", [None, 300])

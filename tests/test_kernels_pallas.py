@@ -222,8 +222,9 @@ def test_refusals():
 
     out, lse = attend()
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((1, 304, 4, 64), q.dtype, (1, 4, 304), jnp.float32)
-    with pytest.raises(ValueError, match=r"H a multiple of K"):
-        attend(q=q[:, :3])
+    for arrays in (dict(q=q[:, :3]), dict(q=q[0]), dict(q=q[..., :32]), dict(v=v[:, :1]), dict(k=k[:, :0], v=v[:, :0])):
+        with pytest.raises(ValueError, match=r"H a multiple of K"):
+            attend(**arrays)
     for kv_heads in ([0, 1, 1], [0, 1, 1, 2]):
         with pytest.raises(ValueError, match=r"one of the K=2 kv heads for each of H=4 query heads. Got \[0, 1, 1"):
             attend(kv_heads=kv_heads)
@@ -232,7 +233,7 @@ def test_refusals():
     with pytest.raises(NotImplementedError, match=r"computes in bfloat16 and float16. Got float32"):
         attend(*(x.astype("float32") for x in (q, k, v)))
     with pytest.raises(NotImplementedError, match=r"one of \(64, 128, 256\). Got 32"):
-        attend(*(x[..., :32] for x in (q, k, v)))
+        attend(*(x[..., :32] for x in (q, k, v)), tiles=Configuration(128, 2))
     with pytest.raises(ValueError, match=r"a multiple of 8 keys, which TMA demands. Got S=300"):
         attend(k=k[:, :, :300], v=v[:, :, :300])
     with pytest.raises(ValueError, match=r"for B=1, T=296, S=304. Got one for B=1, T=304, S=304"):

@@ -112,7 +112,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"n_queries >= 1,"):
         build_pallas_work((build_plan(long_prompt(4000, 2), template, q_start=4000),), 128)
     with pytest.raises(ValueError, match=r"at most 128 rows. Got .*tile_rows=256"):
-        build_pallas_work((build_plan(long_prompt(4000, 2), template, tile_rows=256),), 128)
+        build_pallas_work((plan, build_plan(long_prompt(4000, 2), template, tile_rows=256)), 128)
 
 
 def test_more_tiles_than_a_launch_can_have_are_refused():

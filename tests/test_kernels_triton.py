@@ -219,13 +219,13 @@ def test_refusals(attend):
 def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
     """Checks that look at strides, dtypes and devices, made where the tensors are."""
     from blindsight_kernels import triton_prefill
-    from blindsight_kernels.triton_prefill import build_work, check_inputs
+    from blindsight_kernels.triton_prefill import build_work, check_inputs, triton_attention
     from blindsight_kernels.triton_prefill import triton_prefill as prefill
     from shared_profiles import build_plan
 
     q, k, v = draw_inputs(1, 4, 2, 75, 75, 32, torch.float32)
     with pytest.raises(ValueError, match=r"on a CUDA GPU. Got cpu.*portable"):
-        check_inputs(q, k, v, 0.2)
+        call(triton_attention, q, k, v)
     with pytest.raises(ValueError, match=r"share one device and one dtype"):
         check_inputs(q, k.half(), v, 0.2)
     with monkeypatch.context() as patch:

@@ -142,8 +142,10 @@ def test_refusals():
     call = lambda q=q, k=k, v=v, layouts=(layout,), categories=(3,) * 4: portable_attention(  # noqa: E731
         q, k, v, layouts, categories, SinkTemplate(), scale=1.0
     )
-    with pytest.raises(ValueError, match="H a multiple of K"):
-        call(q=q[:, :3])
+    wrong = dict(q=q[:, :3]), dict(q=q[0]), dict(q=q[..., :8]), dict(v=v[:, :1]), dict(k=k[:, :0], v=v[:, :0])
+    for arrays in (*wrong, dict(q=q.expand(2, -1, -1, -1), layouts=(layout,) * 2)):
+        with pytest.raises(ValueError, match="H a multiple of K"):
+            call(**arrays)
     with pytest.raises(ValueError, match="share one device and one dtype"):
         call(k=k.double())
     with pytest.raises(ValueError, match="1 layouts of q_start \\+ T = 311 tokens"):
