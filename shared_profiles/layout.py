@@ -197,12 +197,10 @@ class Layout:
                 f"ids must be one sequence [N]. Got shape {ids.shape}. Build one layout per row of a batch."
             )
         start, stop = _real_span(len(ids), valid)
-        placeholder = ids == special.image
-        if special.video is not None:
-            placeholder |= ids == special.video
+        placeholder = np.isin(ids, special.placeholders)
         placeholder[:start] = placeholder[stop:] = False
-        edges = np.flatnonzero(np.diff(placeholder, prepend=False, append=False))
-        first, last = edges[::2], edges[1::2]
+        changes = np.diff(np.where(placeholder, ids, -1), prepend=-1, append=-1) != 0  # a video may touch an image
+        first, last = np.flatnonzero(changes[:-1] & placeholder), np.flatnonzero(changes[1:] & placeholder) + 1
 
         opened = (first > start) & (ids[first - 1] == special.start)
         closed = (last < stop) & (ids[np.minimum(last, stop - 1)] == special.end)

@@ -130,8 +130,21 @@ def test_a_sequence_of_padding_only():
         ([START, 10, IMAGE, END], r"image 0, placeholders at \[2, 3\), with no start before it"),
         ([START, VIDEO, 10], r"image 0, placeholders at \[1, 2\), with no end after it"),
         ([IMAGE], r"image 0, placeholders at \[0, 1\), with no start before and end after it"),
+        ([START, VIDEO, IMAGE, END], r"image 0, placeholders at \[1, 2\), with no end after it"),
+        ([START, IMAGE, VIDEO, END], r"image 0, placeholders at \[1, 2\), with no end after it"),
     ],
-    ids=["no-start", "no-end", "cut", "bare", "run-too-short", "run-too-late", "video", "placeholder-alone"],
+    ids=[
+        "no-start",
+        "no-end",
+        "cut",
+        "bare",
+        "run-too-short",
+        "run-too-late",
+        "video",
+        "placeholder-alone",
+        "video-touches-image",
+        "image-touches-video",
+    ],
 )
 def test_placeholders_that_do_not_fit_their_delimiters(ids, message):
     with pytest.raises(ValueError, match=message + r"\. Use the ids that the model's processor returns, uncut"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Gemma3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration, LlamaConfig, LlamaForCausalLM
 
 from shared_profiles import Category, SpecialTokens, family_of
 from shared_profiles.layout import NO_IMAGE_TOKENS
@@ -100,6 +101,14 @@ def test_the_language_model_alone(model, family):
     alone = Gemma3ForCausalLM(model.config.text_config) if family == "gemma3" else model.model.language_model
     with pytest.raises(ValueError, match=rf"the language model alone, {type(alone).__name__}. Pass the \.\.\.For"):
         patch(alone)
+
+
+def test_text_that_looks_both_ways():
+    """Without token types such a Gemma's text sees what follows; the plan's rows of text never do."""
+    config = copy.deepcopy(make_model("gemma3", n_layers=1).config)
+    config.text_config.use_bidirectional_attention = True
+    with pytest.raises(NotImplementedError, match=r"must look back only. Got use_bidirectional_attention=True"):
+        patch(Gemma3ForConditionalGeneration(config))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, on importing its compiler

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -75,7 +76,10 @@ def make_model(family: str, seed: int = 0, n_layers: int = 4) -> torch.nn.Module
             image_token_index=IMAGE,
             initializer_range=0.25,
         )
-        return Gemma3ForConditionalGeneration(config).eval()
+        model = Gemma3ForConditionalGeneration(config).eval()
+        # A fresh one projects pictures to zeros.
+        nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.25)
+        return model
     text["rope_parameters"] = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
     patches = dict(depth=2, num_heads=2, patch_size=4, spatial_merge_size=2)
     if family == "qwen2_vl":

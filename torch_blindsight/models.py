@@ -74,7 +74,7 @@ def inspect_model(model: nn.Module) -> ModelInfo:
 
     Raises:
         ValueError: not a Hugging Face model of a supported family, or wrapped or compiled.
-        NotImplementedError: a tensor-parallel model that is not split by heads.
+        NotImplementedError: a tensor-parallel model that is not split by heads, or one whose text looks both ways.
     """
     _refuse_wrapped(model)
     config: Any = getattr(model, "config", None)
@@ -98,6 +98,11 @@ def inspect_model(model: nn.Module) -> ModelInfo:
         raise ValueError(
             f"the model must have one attention module per layer, {text.num_hidden_layers} in all. Found layers "
             f"{[m.layer_idx for m in attentions]}. Is part of the model missing or replaced?"
+        )
+    if not all(getattr(m, "is_causal", True) for m in attentions):
+        raise NotImplementedError(
+            "the model's text must look back only. Got use_bidirectional_attention=True in its configuration, with "
+            "which text may look both ways: no category says that. Leave the model unpatched."
         )
     windows = tuple(getattr(m, "sliding_window", None) for m in attentions)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

@@ -339,7 +339,8 @@ def patch(
             does not have.
         ProfileError: the profile is damaged or belongs to another model.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model: its device, dtype or
-            head dimension, Triton itself, or a tensor-parallel model with a pruner or no profile.
+            head dimension, Triton itself, or a tensor-parallel model with a pruner or no profile; or the model's text
+            looks both ways.
         RuntimeError: transformers did not take the patch; the model is unchanged.
     """
     current: Handle | None = getattr(model, HANDLE, None)
