@@ -220,6 +220,13 @@ def _gemma3(config: Any) -> tuple[TextConfig, SiglipVisionConfig]:
     _refuse("attn_logit_softcapping", {text.attn_logit_softcapping} - {None}, (None,))
     _refuse("use_bidirectional_attention", {text.use_bidirectional_attention} - {None, False}, (False,))
     _refuse("attention_bias", {text.attention_bias} - {False}, (False,))
+    side, tokens = vision.image_size // vision.patch_size, config.mm_tokens_per_image
+    merge = side // max(1, math.isqrt(tokens))
+    if not merge or (side // merge) ** 2 != tokens:
+        raise ValueError(
+            f"mm_tokens_per_image must be what squares of an image's {side} x {side} patches add up to. Got {tokens}. "
+            "Bring the config.json that belongs to the weights."
+        )
     return TextConfig(
         head_dim=text.head_dim,
         activation=text.hidden_activation,
@@ -244,8 +251,8 @@ def _gemma3(config: Any) -> tuple[TextConfig, SiglipVisionConfig]:
         fused_qkv=False,
         in_channels=vision.num_channels,
         patch_size=vision.patch_size,
-        merge=vision.image_size // vision.patch_size // math.isqrt(config.mm_tokens_per_image),
-        tokens_per_image=config.mm_tokens_per_image,
+        merge=merge,
+        tokens_per_image=tokens,
         image_size=vision.image_size,
     )
 
@@ -282,6 +289,11 @@ def _qwen_text(config: Any) -> TextConfig:
 def _text(config: Any) -> dict[str, Any]:
     """The decoder's fields that every family spells alike."""
     text = config.text_config
+    if "sliding_attention" in text.layer_types and not (text.sliding_window and text.sliding_window > 0):
+        raise ValueError(
+            f"sliding_window must be at least 1 where layer_types has sliding_attention. Got {text.sliding_window}. "
+            "Bring the config.json that belongs to the weights."
+        )
     sliding = {"full_attention": None, "sliding_attention": text.sliding_window}
     return dict(
         vocab_size=text.vocab_size,

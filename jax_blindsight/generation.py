@@ -86,11 +86,11 @@ def generate(
     Raises:
         ValueError, NotImplementedError, ImportError: an option is out of its range, or see `sparse_prefill`.
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos=_stops(params, eos))
     arrays = as_arrays(inputs)
     width = np.shape(arrays.get("input_ids", ()))[-1:] or (0,)
     start = sparse_prefill(params, arrays, capacity=width[0] + max_new_tokens, dense=dense, impl=impl)
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos=eos)
     return write(params, start, max_new_tokens=max_new_tokens, **options)[0]  # type: ignore[arg-type]
 
 
@@ -126,21 +126,21 @@ def write(
     Raises:
         ValueError: an option is out of its range, the logits are those of all tokens, or the cache is full or consumed.
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p)
-    eos = params.eos if eos is None else eos
+    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
+    stops = _stops(params, eos)
     if start.logits.ndim != 2:
         raise ValueError(
             f"an answer goes on from the logits of the last tokens, [B, V]. Got {start.logits.shape}. Prefill without "
             "all_logits."
         )
-    stops = np.array([eos] if isinstance(eos, int | np.integer) else list(eos), dtype=np.int32)
     logits, cache, key = start.logits, start.cache, jax.random.key(seed)
     written: list[np.ndarray] = []
     ended = np.zeros(cache.batch, dtype=bool)
     while True:
         if temperature:
             key, drawn = jax.random.split(key)
-            token = _sample(logits, drawn, temperature, top_k or logits.shape[-1], top_p or 1.0)
+            n_likeliest = min(top_k or logits.shape[-1], logits.shape[-1])
+            token = _sample(logits, drawn, temperature, n_likeliest, top_p or 1.0)
         else:
             token = _likeliest(logits)
         ids = np.where(ended, written[-1], token) if ended.any() else np.asarray(token)
@@ -151,7 +151,16 @@ def write(
         logits, cache = decode_step(params, ids, cache)
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _stops(params: Params, eos: int | Collection[int] | None) -> np.ndarray:
+    """The ids at which a row stops, `[n]`."""
+    given = params.eos if eos is None else eos
+    stops = np.asarray([*given] if isinstance(given, Collection) else [given])
+    if stops.size and stops.dtype.kind not in "iu":
+        raise ValueError(f"eos must be a token id, ids, or None for the checkpoint's. Got {eos!r}.")
+    return stops
+
+
+def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
     if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be an integer of at least 1. Got {max_new_tokens}.")
     if not 0 <= temperature < np.inf:
@@ -160,6 +169,8 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int | None, t
         raise ValueError(f"top_k must be an integer of at least 1, or None. Got {top_k}.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], or None. Got {top_p}.")
+    if not isinstance(seed, int | np.integer) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be an integer of 64 bits. Got {seed!r}.")
     if not temperature and (top_k is not None or top_p is not None):
         raise ValueError("top_k and top_p are for sampling. Got them with temperature=0. Raise it, or leave them out.")
 

@@ -17,6 +17,7 @@ from jax_blindsight.tokens import Grids, Tokens
 
 _PICTURES = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 _TYPES = ("mm_token_type_ids", "token_type_ids")  # say again what the ids say
+_LONGEST = 2**16  # seconds from one frame group to the next; rotary positions are int32
 _NAMES = ("input_ids", "attention_mask", *_TYPES, *_PICTURES, *_PICTURES.values(), "second_per_grid_ts")
 
 
@@ -173,9 +174,14 @@ def _match(config: ModelConfig, ids: np.ndarray, arrays: dict[str, np.ndarray]) 
         return tuple(Grids.none() for _ in ids)
     image_grids = _match_grids(merge, "pixel_values", images, arrays)
     video_grids = _match_grids(merge, "pixel_values_videos", videos, arrays)
-    seconds = np.asarray(arrays.get("second_per_grid_ts", np.ones(len(video_grids))), dtype=np.float64)
-    if seconds.shape != (len(video_grids),):
-        raise ValueError(f"second_per_grid_ts must have one number per video, {len(video_grids)}. Got {seconds.shape}.")
+    seconds = arrays.get("second_per_grid_ts", np.ones(len(video_grids)))
+    if seconds.shape != (len(video_grids),) or seconds.dtype.kind not in "iuf":
+        raise ValueError(
+            f"second_per_grid_ts must have one number per video, {len(video_grids)}. Got {seconds.dtype} "
+            f"{seconds.shape}."
+        )
+    if not ((seconds >= 0) & (seconds < _LONGEST)).all():
+        raise ValueError(f"second_per_grid_ts must be in [0, {_LONGEST}). Got {seconds.tolist()!s:.200}.")
     rows = []
     for b in range(len(ids)):
         mine = [run[0] == b for run in videos]

@@ -148,8 +148,7 @@ def load(
     if dtype != "auto" and dtype not in _DTYPES:
         raise ValueError(f"dtype must be auto or one of {', '.join(_DTYPES)}. Got {dtype!r}.")
     settings = _read_settings(folder)
-    hf_config = _hf_config(folder)
-    config = ModelConfig.from_hf(hf_config)
+    hf_config, config = _configurations(folder)
     shardings = _on_default_device(config) if mesh is None else param_shardings(config, mesh)
     source: SavedModel | Conversion
     if is_saved(folder):
@@ -248,14 +247,17 @@ def _read_settings(folder: Path) -> str:
     return text
 
 
-def _hf_config(folder: Path) -> Any:
-    """The configuration in the names of today's transformers, whichever version wrote it."""
+def _configurations(folder: Path) -> tuple[Any, ModelConfig]:
+    """The configuration in the names of today's transformers, whichever version wrote it; and what we need of it."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    # Values of a wrong kind fail wherever they are first used.
+    damaged = StrictDataclassError, AttributeError, LookupError, TypeError, ZeroDivisionError
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except StrictDataclassError as error:
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return hf_config, ModelConfig.from_hf(hf_config)
+    except damaged as error:
         reason = " ".join(str(error).split()).rstrip(".!")
         raise ValueError(
             f"{folder / CONFIG} must be a valid configuration. Got: {reason}. Download or save the checkpoint again."

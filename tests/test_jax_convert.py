@@ -357,6 +357,12 @@ def test_folders_that_hold_no_checkpoint(tmp_path):
     (tmp_path / "bin" / FILE).rename(tmp_path / "bin" / "pytorch_model.bin")
     assert "pytorch_model.bin" in refusal(tmp_path / "bin")
     config = tmp_path / "bin" / "config.json"
+    edit_json(config, dtype="float33")  # fails in transformers; the next one in what we read
+    assert "must be a valid configuration. Got: module 'torch' has no attribute 'float33'" in refusal(tmp_path / "bin")
+    edit_json(
+        config, dtype="float32", text_config=json.loads(config.read_text())["text_config"] | {"num_attention_heads": 0}
+    )
+    assert "must be a valid configuration. Got: integer division" in refusal(tmp_path / "bin")
     edit_json(config, model_type="llama")
     assert "'llama'" in refusal(tmp_path / "bin")
     config.write_text("{")

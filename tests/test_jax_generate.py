@@ -199,6 +199,18 @@ def test_numbers_may_be_of_numpy_and_tokens_of_any_kind():
     assert all(np.array_equal(step, steps[0]) for step in steps)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"eos": x}, "eos must be a token id") for x in (2.5, [2.5], [None], "12")]
+    + [({"seed": x}, "seed must be an integer of 64 bits") for x in (1.5, 2**63)],
+    ids=str,
+)
+def test_ids_and_seeds_that_are_none_are_refused_before_the_prefill(monkeypatch, option, message):
+    monkeypatch.setattr("jax_blindsight.generation.sparse_prefill", None)
+    with pytest.raises(ValueError, match=message):
+        generate(twin("gemma3").params, {}, max_new_tokens=2, **option)
+
+
 def test_sampling_is_seeded():
     params, inputs = twin("gemma3").params, in_numpy(batch("gemma3"))
     options = dict(max_new_tokens=N_NEW, temperature=1.5, top_k=20, top_p=0.9)
@@ -206,6 +218,8 @@ def test_sampling_is_seeded():
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
     greedy = generate(params, inputs, max_new_tokens=N_NEW, eos=())
+    everything = dict(max_new_tokens=N_NEW, temperature=1.5, eos=())
+    np.testing.assert_array_equal(*(generate(params, inputs, top_k=k, **everything) for k in (None, 2**40)))
     for narrow in (dict(top_k=1), dict(top_p=1e-60)):
         options = dict(max_new_tokens=N_NEW, temperature=1.5) | narrow
         np.testing.assert_array_equal(generate(params, inputs, eos=(), **options), greedy)

@@ -125,6 +125,11 @@ def test_malformed_videos():
         sparse_prefill(params, inputs | {"video_grid_thw": np.array([[2, 8, 8]])})
     with pytest.raises(ValueError, match=r"one number per video, 1. Got"):
         sparse_prefill(params, inputs | {"second_per_grid_ts": np.ones(2)})
+    with pytest.raises(ValueError, match=r"one number per video, 1. Got object"):
+        sparse_prefill(params, inputs | {"second_per_grid_ts": [None]})
+    for seconds in (np.nan, np.inf, -1.0, 1e12):
+        with pytest.raises(ValueError, match=r"second_per_grid_ts must be in \[0, 65536\). Got"):
+            sparse_prefill(params, inputs | {"second_per_grid_ts": [seconds]})
 
 
 def test_the_ids_alone_do(monkeypatch):

@@ -263,15 +263,27 @@ def test_what_the_models_do_not_compute_is_refused(family, change, message):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("family", "change", "message"),
     [
-        (lambda c: c.text_config.rope_parameters.update(mrope_section=[1]), r"half the head dimension.*Got \(1,\)"),
-        (lambda c: setattr(c.vision_config, "window_size", 7), "at least the 8 pixels of a token. Got 7"),
+        (
+            "qwen2_5_vl",
+            lambda c: c.text_config.rope_parameters.update(mrope_section=[1]),
+            r"half the head dimension.*Got \(1,\)",
+        ),
+        ("qwen2_5_vl", lambda c: setattr(c.vision_config, "window_size", 7), "at least the 8 pixels of a token. Got 7"),
+        (
+            "qwen2_vl",
+            lambda c: setattr(c.text_config, "layer_types", ["sliding_attention"] * 4),
+            "at least 1 .*Got None",
+        ),
+        ("gemma3", lambda c: setattr(c.text_config, "sliding_window", 0), "sliding_window must be .* Got 0"),
+        ("gemma3", lambda c: setattr(c, "mm_tokens_per_image", 9), "8 x 8 patches add up to. Got 9"),
+        ("gemma3", lambda c: setattr(c, "mm_tokens_per_image", 0), "8 x 8 patches add up to. Got 0"),
     ],
-    ids=["sections", "windows"],
+    ids=["sections", "windows", "no-window", "window-of-0", "tokens", "no-tokens"],
 )
-def test_sizes_that_contradict_each_other_are_refused(change, message):
-    config = make_model("qwen2_5_vl").config
+def test_sizes_that_contradict_each_other_are_refused(family, change, message):
+    config = make_model(family).config
     change(config)
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_hf(config)
