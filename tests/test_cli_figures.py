@@ -1,11 +1,15 @@
-"""How the report writes numbers: units, significant digits, and the margin of a difference."""
+"""How numbers are written: units, significant digits, the margin of a difference; what medians and bounds are of."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from blindsight_cli.commands import bench
 from blindsight_cli.output import span
 from blindsight_cli.report import figures
+from blindsight_cli.timing import median_pair
+from shared_profiles import Category, Layout, SinkTemplate, category_mask
 
 
 @pytest.mark.parametrize(
@@ -22,6 +26,7 @@ from blindsight_cli.report import figures
         (figures.seconds, 600, "10.0 min"),
         (figures.ratio, 2.7, "2.70×"),
         (figures.ratio, 45.21, "45.2×"),
+        (figures.ratio, 123.4, "123×"),
         (figures.nats, 0.0027, "0.0027"),
         (figures.nats, 3.2e-7, "3.2·10⁻⁷"),
         (figures.nats, 0.0, "0"),
@@ -40,3 +45,28 @@ def test_numbers_are_written_with_the_digits_they_have(write, value, text: str) 
 def test_margin_shrinks_with_questions_and_never_vanishes() -> None:
     assert figures.margin(0.98, 1200) == pytest.approx(1.96 * (25 / 1202 / 1200) ** 0.5)
     assert figures.margin(1.0, 10) > 0.15
+
+
+def test_medians_leave_the_first_turn_out() -> None:
+    """Of each side on its own, measured in turns."""
+    turns: list[str] = []
+
+    def side(name: str, *seconds: int):
+        left = iter(seconds)
+        return lambda: turns.append(name) or next(left)
+
+    assert median_pair(side("dense", 99, 7, 1, 3), side("sparse", 99, 2, 9, 5), repeats=3) == (3, 5)
+    assert turns == ["dense", "sparse"] * 4
+
+
+def test_bench_states_the_bound_of_the_pairs(monkeypatch) -> None:
+    """Of two images with their delimiters, no text: kept pairs by the masks."""
+    monkeypatch.setattr(bench, "_CASES", ((2, 12),))
+    (row,) = bench.bench_attention(1)
+    layout = Layout(24, 0, 24, np.array([[0, 1, 11, 12], [12, 13, 23, 24]]))
+    ways = Category.DENSE, Category.INTRA_IMAGE_SINK
+    dense, kept = (category_mask(layout, category, SinkTemplate()).sum() for category in ways)
+    assert row["bound"] == pytest.approx(dense / kept, rel=1e-12)
+    assert row["ratio"] == pytest.approx(row["dense_s"] / row["sparse_s"], rel=1e-12)
+    assert row["share_of_bound"] == pytest.approx(row["ratio"] / row["bound"], rel=1e-12)
+    assert bench.even_layout(2, 10, text=2).images.tolist() == [[2, 3, 11, 12], [14, 15, 23, 24]]
