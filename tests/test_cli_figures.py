@@ -27,6 +27,7 @@ from shared_profiles import Category, Layout, SinkTemplate, category_mask
         (figures.ratio, 2.7, "2.70×"),
         (figures.ratio, 45.21, "45.2×"),
         (figures.ratio, 123.4, "123×"),
+        (figures.ratio, 9.96, "9.96×"),
         (figures.nats, 0.0027, "0.0027"),
         (figures.nats, 3.2e-7, "3.2·10⁻⁷"),
         (figures.nats, 0.0, "0"),

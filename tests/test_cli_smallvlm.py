@@ -16,7 +16,7 @@ from blindsight_cli.loading import load_checkpoint
 from blindsight_cli.smallvlm import train as training
 from blindsight_cli.smallvlm.build import FAMILIES, make_model, make_processor
 from blindsight_cli.smallvlm.curriculum import RECIPES, SHIPPED, Recipe, Stage
-from blindsight_cli.smallvlm.evaluate import compare, make_puzzles, to_inputs
+from blindsight_cli.smallvlm.evaluate import compare, make_mixed_puzzles, make_puzzles, to_inputs
 from blindsight_cli.smallvlm.optimizers import OPTIMIZERS, Muon
 from blindsight_cli.smallvlm.packed import SLOT, PackedLayout, PictureBank, make_batch, packed_logits, prepare
 from blindsight_cli.smallvlm.puzzles import COLORS, KINDS, SHAPES, make_puzzle
@@ -70,6 +70,9 @@ def test_answers_are_what_the_pictures_show():
             missing += answer == "none"
     assert 0.4 < open_.count("yes") / len(open_) < 0.6 and len(open_) > 30
     assert 0 < missing < 12  # of 40
+    mixed = make_mixed_puzzles(7, 240)
+    assert [len(puzzle.images) for puzzle in mixed] == [2, 3, 4, 5, 6, 2, 3]
+    assert [puzzle.question.kind for puzzle in mixed] == [*KINDS, KINDS[0]]
 
 
 def test_dense_against_sparse_is_counted_as_by_hand(no_grad):
