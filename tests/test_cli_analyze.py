@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -27,6 +28,7 @@ from shared_profiles.profile import Profile
 from shared_profiles.sink_statistics import SinkMass
 from tiny_checkpoints import save_checkpoint, save_prompts
 from torch_blindsight import fingerprint
+from torch_blindsight.models import inspect_model
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +69,26 @@ def test_a_page_shows_every_head_and_loads_nothing(family: str, tmp_path: Path) 
     assert "Category shares" not in page
 
 
-def test_a_profile_is_drawn_over_the_maps(checkpoint: Path, tmp_path: Path) -> None:
-    """Puzzles, and a profile of one category: it is named on every map, and the shares by layer are drawn."""
+def test_a_profile_is_drawn_over_the_maps(checkpoint: Path, tmp_path: Path, no_grad: None) -> None:
+    """Puzzles, and a profile of one category: it is named on every map with the weight that its mask keeps."""
     out, file = tmp_path / "page.html", tmp_path / "profile.json"
-    Profile.uniform(Category.SINK, fingerprint(load_checkpoint(checkpoint)[0])).save(file)
+    model, processor = load_checkpoint(checkpoint, dtype="float32")
+    Profile.uniform(Category.SINK, fingerprint(model), SinkTemplate(local_block=8)).save(file)
     result = blindsight("analyze", checkpoint, "--puzzles", 3, "--profile", file, "--out", out)
     assert result.exit_code == 0, result.stderr
     assert "same answer on" in result.stdout and ", right " in result.stdout
     page = out.read_text(encoding="utf-8")
     assert [", sink: " in alt for alt in images_of(page)] == [True] * 48
     assert "Category shares" in page and "4 images" in page
+    model.set_attn_implementation("eager")
+    inputs = to_inputs(processor, make_mixed_puzzles(3, CALIBRATION_SEEDS)[2:])
+    weights = torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0].numpy()  # [L, H, N, N]
+    layout = Layout.from_ids(inputs["input_ids"][0].numpy(), inspect_model(model).special)
+    mask = category_mask(layout, Category.SINK, SinkTemplate(local_block=8))
+    rows = np.concatenate([np.arange(first, last) for _, first, last, _ in layout.images[1:]])
+    kept = (weights * mask)[:, :, rows].sum(-1).mean(-1).ravel()
+    told = [float(re.search(r"sink: ([\d.]+) kept", alt)[1]) for alt in images_of(page)]
+    np.testing.assert_allclose(told, kept, atol=0.0051)
 
 
 def test_right_answers_are_those_of_the_model(tmp_path: Path, no_grad: None) -> None:
