@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 
 from blindsight_cli.backends import load_backend
 from blindsight_cli.commands.demo import SHIPPED_MODEL
-from blindsight_cli.loading import load_checkpoint
+from blindsight_cli.loading import load_checkpoint, load_processor
+from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm import train as training
 from blindsight_cli.smallvlm.build import FAMILIES, make_model, make_processor
 from blindsight_cli.smallvlm.curriculum import RECIPES, SHIPPED, Recipe, Stage
@@ -22,6 +24,7 @@ from blindsight_cli.smallvlm.packed import SLOT, PackedLayout, PictureBank, make
 from blindsight_cli.smallvlm.puzzles import COLORS, KINDS, SHAPES, make_puzzle
 from blindsight_cli.smallvlm.vocabulary import IMAGE_PAD, VOCAB
 from shared_profiles import Category, Layout, category_mask
+from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
 from torch_blindsight import fingerprint, patch
 from torch_blindsight.models import inspect_model
@@ -73,6 +76,21 @@ def test_answers_are_what_the_pictures_show():
     mixed = make_mixed_puzzles(7, 240)
     assert [len(puzzle.images) for puzzle in mixed] == [2, 3, 4, 5, 6, 2, 3]
     assert [puzzle.question.kind for puzzle in mixed] == [*KINDS, KINDS[0]]
+
+
+def test_the_figures_of_a_checkpoint_are_of_its_own_profile(monkeypatch, capsys):
+    """And of no other where one is named that is not there."""
+    monkeypatch.setattr(sys, "argv", ["x", str(SHIPPED_MODEL), "--questions", "2", "--images", "3"])
+    evaluate.main()
+    said = capsys.readouterr().out.splitlines()
+    model, processor = load_backend("torch", SHIPPED_MODEL, device="cpu"), load_processor(SHIPPED_MODEL)
+    row, *_ = compare(model, processor, Profile.load(SHIPPED_MODEL / FILE_NAME), make_puzzles(3, 2, 1_000_000))
+    assert said[0].startswith(f"3 images, 2 questions: dense {row.dense:.2%}, sparse {row.sparse:.2%}, ")
+    assert said[0].endswith(f"KL {row.kl:.5f} nats, kept FLOPs {row.kept_flops:.1%}") and row.kept_flops < 0.9
+    assert [line.split()[0] for line in said[1:]] == ["color", "shape"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--profile", "nothing.json"])
+    with pytest.raises(FileNotFoundError):
+        evaluate.main()
 
 
 def test_dense_against_sparse_is_counted_as_by_hand(no_grad):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from importlib import import_module
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -81,6 +83,28 @@ def test_loops_are_read_from_machine_code():
     """
     (loop,) = cycles.read_loops(sass)
     assert (loop.instructions, loop.special, loop.matrix) == (4, 1, 1)
+
+
+def test_programs_begin_in_order_where_one_has_ended():
+    """Two slots: 4 and 3 begin; 2 follows the 3, 6 the 4."""
+    assert cycles.makespan(np.array([4.0, 3.0, 2.0, 6.0]), 2) == 10
+    assert cycles.makespan(np.array([4.0]), 132) == 4
+
+
+def test_bursts_in_jax_give_the_seconds_of_one_call():
+    """Of the median burst, however many calls are in one; two sets of inputs in turns."""
+    in_jax, turns, spent = import_module("blindsight_gpu.in_jax"), [], []
+
+    def call(turn):
+        begun = time.perf_counter()
+        time.sleep(0.005)
+        turns.append(turn)
+        spent.append(time.perf_counter() - begun)
+        return jnp.zeros(())
+
+    found = in_jax.seconds_per_jax_call(call, measure.Place(dry_run=False))
+    assert min(spent) <= found <= 2 * max(spent)
+    assert turns[:4] == [0, 1, 0, 0]
 
 
 def test_the_pallas_model_predicts_what_its_page_says(monkeypatch):
