@@ -117,13 +117,13 @@ def test_what_is_counted_is_at_least_one(script, options, monkeypatch, tmp_path,
 
 
 def test_effects_are_counted_question_by_question():
-    """Both right, lost twice, won, both wrong and alike, both wrong and not."""
-    said, instead, expected = np.array([[0, 1, 2, 0, 1, 2], [0, 2, 0, 1, 1, 1], [0, 1, 2, 1, 0, 0]])
+    """One both right, two lost, three won, four both wrong, two of these alike."""
+    said, instead, expected = np.array([[*"0120121220"], [*"0201011212"], [*"0121010001"]], int)
     sure = np.log(np.full((3, 3), 0.1) + 0.7 * np.eye(3))
     found = page.effect(sure[said], sure[instead], expected)
-    assert found["answers"] == {"both": 1, "only_dense": 2, "only_sparse": 1, "neither": 2}
-    assert found["agreement"] == 2 / 6
-    assert found["kl"] == pytest.approx(4 / 6 * 0.7 * np.log(8))  # of 0.8, 0.1, 0.1 and its mirror image
+    assert found["answers"] == {"both": 1, "only_dense": 2, "only_sparse": 3, "neither": 4}
+    assert found["agreement"] == 0.3
+    assert found["kl"] == pytest.approx(0.7 * 0.7 * np.log(8))  # of 0.8, 0.1, 0.1 and its mirror image
 
 
 def test_the_page_is_of_its_results(tmp_path):
