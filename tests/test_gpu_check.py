@@ -111,6 +111,7 @@ def test_attention_is_compared_with_peers_that_compute_the_same(dry_run):
     for row in rows:
         if "all Dense" not in row["profile"]:
             assert row["flex_differs_by"] < 1e-5
+            assert 0 < row["flex_mask_ms"] < 1e3 * row["row_seconds"]
             assert row["varlen_note"]
         assert row["first_ms"] > 0
         assert row["denominator"] == "SDPA on the CPU, causal, the same tokens"
