@@ -11,18 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from blindsight_cli.analysis import Analysis
 from blindsight_cli.analysis.measure import HeadMap, chosen_heads
+from blindsight_cli.analysis.page import strongest
 from blindsight_cli.analysis.pictures import RULER, layer_strength, map_png, parts
+from blindsight_cli.commands.demo import SHIPPED_MODEL
 from blindsight_cli.loading import load_checkpoint
 from blindsight_cli.main import app
+from blindsight_cli.smallvlm.evaluate import CALIBRATION_SEEDS, make_mixed_puzzles, to_inputs
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from shared_profiles.profile import Profile
 from shared_profiles.sink_statistics import SinkMass
 from tiny_checkpoints import save_checkpoint, save_prompts
 from torch_blindsight import fingerprint
+from torch_blindsight.models import inspect_model
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +69,38 @@ def test_a_page_shows_every_head_and_loads_nothing(family: str, tmp_path: Path) 
     assert "Category shares" not in page
 
 
-def test_a_profile_is_drawn_over_the_maps(checkpoint: Path, tmp_path: Path) -> None:
-    """Puzzles, and a profile of one category: it is named on every map, and the shares by layer are drawn."""
+def test_a_profile_is_drawn_over_the_maps(checkpoint: Path, tmp_path: Path, no_grad: None) -> None:
+    """Puzzles, and a profile of one category: it is named on every map with the weight that its mask keeps."""
     out, file = tmp_path / "page.html", tmp_path / "profile.json"
-    Profile.uniform(Category.SINK, fingerprint(load_checkpoint(checkpoint)[0])).save(file)
+    model, processor = load_checkpoint(checkpoint, dtype="float32")
+    Profile.uniform(Category.SINK, fingerprint(model), SinkTemplate(local_block=8)).save(file)
     result = blindsight("analyze", checkpoint, "--puzzles", 3, "--profile", file, "--out", out)
     assert result.exit_code == 0, result.stderr
     assert "same answer on" in result.stdout and ", right " in result.stdout
     page = out.read_text(encoding="utf-8")
     assert [", sink: " in alt for alt in images_of(page)] == [True] * 48
     assert "Category shares" in page and "4 images" in page
+    model.set_attn_implementation("eager")
+    inputs = to_inputs(processor, make_mixed_puzzles(3, CALIBRATION_SEEDS)[2:])
+    weights = torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0].numpy()  # [L, H, N, N]
+    layout = Layout.from_ids(inputs["input_ids"][0].numpy(), inspect_model(model).special)
+    mask = category_mask(layout, Category.SINK, SinkTemplate(local_block=8))
+    rows = np.concatenate([np.arange(first, last) for _, first, last, _ in layout.images[1:]])
+    kept = (weights * mask)[:, :, rows].sum(-1).mean(-1).ravel()
+    told = [float(re.search(r"sink: ([\d.]+) kept", alt)[1]) for alt in images_of(page)]
+    np.testing.assert_allclose(told, kept, atol=0.0051)
+
+
+def test_right_answers_are_those_of_the_model(tmp_path: Path, no_grad: None) -> None:
+    """With delimiters, by transformers alone; without, at most as many others as answers that changed."""
+    found = analyzed(SHIPPED_MODEL, "--puzzles", 5, "--out", tmp_path / "page.html")
+    model, processor = load_checkpoint(SHIPPED_MODEL, dtype="float32")
+    asked = make_mixed_puzzles(5, CALIBRATION_SEEDS)
+    ids = [int(model(**to_inputs(processor, [puzzle])).logits[0, -1].argmax()) for puzzle in asked]
+    said = processor.tokenizer.convert_ids_to_tokens(ids)
+    right = np.mean([a == puzzle.question.answer for a, puzzle in zip(said, asked, strict=True)])
+    assert found["right"][0] == pytest.approx(right)
+    assert abs(found["right"][1] - right) <= 1 - found["same_answer"] + 1e-9
 
 
 def test_what_cannot_be_analyzed_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -139,3 +167,19 @@ def test_layer_figures_count_heads_by_their_mass() -> None:
     mass = SinkMass(own, np.zeros_like(own), others, np.ones((1, 5)))
     assert layer_strength(mass)[0, 0] == pytest.approx(0.51 / 0.11, rel=1e-5)
     np.testing.assert_allclose(parts(mass)[0], [0.725, 0, 0.26, 0.015], rtol=1e-4)
+
+
+def test_the_strongest_offsets_and_what_becomes_of_them() -> None:
+    """By the layer where each is strongest; without delimiters in that same layer; sinks from either end are marked."""
+    others = np.full((2, 1, 5), 0.01)
+    others[1, 0, 0], others[0, 0, 3] = 0.40, 0.20
+    ablated = np.full((2, 1, 5), 0.01)
+    ablated[1, 0, 0], ablated[0, 0, 0] = 0.02, 0.9
+    with_, without = (SinkMass(1 - x.sum(-1), np.zeros((2, 1)), x, np.ones((2, 5))) for x in (others, ablated))
+    template = SinkTemplate((0,), (2,), 8)
+    rows = strongest(Analysis(3, with_, without, template, template, None, 0.0, 1.0, None, None, ()), most=3)
+    assert [(row["offset"], row["layer"]) for row in rows[:2]] == [("+0", 1), ("\N{MINUS SIGN}2", 0)]
+    assert [row["strength"] for row in rows[:2]] == pytest.approx([0.40 / 0.088, 0.20 / 0.048], rel=1e-5)
+    assert rows[0]["without"] == pytest.approx(0.02 / 0.012, rel=1e-5)
+    assert rows[0]["share"] == pytest.approx(0.205, rel=1e-5)
+    assert [row["is_sink"] for row in rows] == [True, True, False]

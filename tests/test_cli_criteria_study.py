@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from blindsight_cli.commands.demo import SHIPPED_MODEL
@@ -18,7 +19,9 @@ from shared_profiles.profile import Profile, ProfileMismatchError
 from tree_scripts import ROOT
 
 compare_criteria = import_module("compare_criteria")
-criteria, criteria_page = (import_module(f"blindsight_study.{name}") for name in ("criteria", "criteria_page"))
+criteria, criteria_page, page = (
+    import_module(f"blindsight_study.{name}") for name in ("criteria", "criteria_page", "page")
+)
 
 
 def test_the_study(tmp_path, monkeypatch):
@@ -111,6 +114,16 @@ def test_what_is_counted_is_at_least_one(script, options, monkeypatch, tmp_path,
         assert stop.value.code == 2
         assert f"argument {option}: must be at least 1. Got 0." in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_effects_are_counted_question_by_question():
+    """One both right, two lost, three won, four both wrong, two of these alike."""
+    said, instead, expected = np.array([[*"0120121220"], [*"0201011212"], [*"0121010001"]], int)
+    sure = np.log(np.full((3, 3), 0.1) + 0.7 * np.eye(3))
+    found = page.effect(sure[said], sure[instead], expected)
+    assert found["answers"] == {"both": 1, "only_dense": 2, "only_sparse": 3, "neither": 4}
+    assert found["agreement"] == 0.3
+    assert found["kl"] == pytest.approx(0.7 * 0.7 * np.log(8))  # of 0.8, 0.1, 0.1 and its mirror image
 
 
 def test_the_page_is_of_its_results(tmp_path):

@@ -48,6 +48,9 @@ def test_points_stand_where_they_belong() -> None:
     assert (np.diff(y) > 0).all(), "more pairs, less divergence, further down"
     line = float(re.search(r'd="M\d+ ([\d.]+)H\d+" class="budget"', drawn)[1])
     assert y[0] < line < y[1] < y[2]
+    decades = np.log10([0.021 / 0.01, 0.01 / 0.0005])
+    np.testing.assert_allclose((line - y[0]) / (y[1] - line), decades[0] / decades[1], rtol=0.02)
+    np.testing.assert_allclose((x[1] - x[0]) / (x[2] - x[0]), 0.15 / 0.55, rtol=0.01)
     assert str(curve_picture(ROWS[:1], None)).count("<rect") == 1
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from blindsight_cli.evaluation.items import LETTERS_INSTRUCTION, Item, digest, normal, read_items
-from blindsight_cli.evaluation.result import FORMAT, check_unused, summarize
+from blindsight_cli.evaluation.result import FORMAT, check_unused, print_summary, summarize
 from blindsight_cli.evaluation.samples import Arm, Sample, SampleFile
+from blindsight_cli.evaluation.statistics import PairedCounts, wilson
 from blindsight_cli.prompt_file import Prompt
 
 RUN = {"items": "sha256:1", "timed": 3}
@@ -237,6 +238,31 @@ def test_a_summary_counts_what_the_samples_say() -> None:
     assert figures["ran"] == {"sparse": 3, "dense: fewer than two images": 2}
     assert figures["prefill"] == {"n": 2, "dense_seconds": 2.0, "sparse_seconds": 1.5, "ratio": 1.75}
     assert figures["n_with_calibration_pictures"] == 1 and figures["marks"] == []
+
+
+def test_a_summary_is_told_with_every_figure_in_its_column(capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = Arm("no", "no", 0, "sparse", 60, 10)
+    lost = [sample(i, sparse=wrong, kl=0.1) for i in (1, 2, 3)]
+    won = sample(4, dense=Arm("", None, 0, "dense", 100, 50), seconds=(3.0, 2.0))
+    print_summary(summarize([*lost, won, *(sample(i, kl=0.1) for i in range(5, 11))]))
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    low, high = PairedCounts(6, 3, 1, 0).interval()
+    intervals = [f"{100 * low:.1f}% to {100 * high:.1f}%" for low, high in (wilson(9, 10), wilson(7, 10))]
+    assert said == [
+        "dense sparse",
+        "accuracy 90.0% 70.0%",
+        f"95% interval {' '.join(intervals)}",
+        "invalid answers 1 0",
+        "prefill, median 3.00 s 2.00 s",
+        "",
+        "10 items, 10 with several images",
+        f"sparse - dense: \N{MINUS SIGN}20.0 points, 95% interval \N{MINUS SIGN}{-100 * low:.1f} to +{100 * high:.1f}; "
+        "3 only dense right, 1 only sparse; McNemar p = 0.62",
+        "same answer 60.0%, KL of the first token 0.14 nats",
+        "attention FLOPs kept 60.0%, between images 20.0%",
+        "sparsity did something on 100.0% of the items",
+        "prefill dense / sparse: 1.50\N{MULTIPLICATION SIGN} (median of 1 items)",
+    ]
 
 
 def test_figures_that_say_nothing_are_marked() -> None:

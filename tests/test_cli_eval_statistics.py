@@ -83,6 +83,13 @@ def test_one_unequal_pair_in_thousands_gives_a_narrow_interval() -> None:
     assert -0.0035 < low < -0.0015 and 0.0015 < high < 0.0035
 
 
+def test_two_equal_pairs_are_no_correlation_yet() -> None:
+    """The correction for continuity takes all of it away: what is left is square-and-add of Wilson's intervals."""
+    low, high = wilson(1, 2)
+    width = math.hypot(0.5 - low, high - 0.5)
+    assert PairedCounts(1, 0, 0, 1).interval() == pytest.approx((-width, width), rel=1e-12)
+
+
 def test_impossible_counts_are_refused() -> None:
     for counts in ((0, 0, 0, 0), (1, -1, 0, 0)):
         with pytest.raises(ValueError, match="one of them positive"):

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))  # it runs from the tree and is not installed
 from blindsight_cli.commands.demo import SHIPPED_MODEL
+from tree_scripts import ROOT
 
 pruning, pruning_page = (import_module(f"blindsight_study.{name}") for name in ("pruning", "pruning_page"))
 
@@ -45,3 +46,9 @@ def test_the_study(tmp_path, monkeypatch):
     ]
     pruning_page.draw(results, tmp_path / "pruning.svg")
     assert (tmp_path / "pruning.svg").read_text().count("<path") > 6
+
+
+def test_the_page_is_of_its_results(tmp_path):
+    results = ROOT / "docs" / "results"
+    pruning_page.write_page(json.loads((results / "pruning.json").read_text()), tmp_path / "p.md", "../pruning.svg")
+    assert (tmp_path / "p.md").read_text() == (results / "pruning.md").read_text(), "run scripts/pruning_curve.py"

@@ -3,23 +3,126 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from blindsight_cli.loading import load_checkpoint
+from blindsight_cli.backends import load_backend
+from blindsight_cli.commands.demo import SHIPPED_MODEL
+from blindsight_cli.loading import load_checkpoint, load_processor
+from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm import train as training
 from blindsight_cli.smallvlm.build import FAMILIES, make_model, make_processor
 from blindsight_cli.smallvlm.curriculum import RECIPES, SHIPPED, Recipe, Stage
-from blindsight_cli.smallvlm.evaluate import to_inputs
+from blindsight_cli.smallvlm.evaluate import compare, make_mixed_puzzles, make_puzzles, to_inputs
 from blindsight_cli.smallvlm.optimizers import OPTIMIZERS, Muon
 from blindsight_cli.smallvlm.packed import SLOT, PackedLayout, PictureBank, make_batch, packed_logits, prepare
-from blindsight_cli.smallvlm.puzzles import KINDS, make_puzzle
+from blindsight_cli.smallvlm.puzzles import COLORS, KINDS, SHAPES, make_puzzle
 from blindsight_cli.smallvlm.vocabulary import IMAGE_PAD, VOCAB
+from shared_profiles import Category, Layout, category_mask
+from shared_profiles.lookup import FILE_NAME
+from shared_profiles.profile import Profile
+from torch_blindsight import fingerprint, patch
+from torch_blindsight.models import inspect_model
 
 families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def seen(picture) -> tuple[str, str]:
+    """The colour and the shape in a picture, by its pixels: where they are lit, how wide, and how much of their box."""
+    pixels = np.asarray(picture).astype(int)
+    lit = pixels.max(-1) - pixels.min(-1) > 80
+    mean = pixels[lit].mean(0)
+    (color,) = (name for name, rgb in COLORS.items() if (np.array(rgb) > 127).tolist() == (mean > 110).tolist())
+    top, bottom, left, right = *np.flatnonzero(lit.any(1))[[0, -1]], *np.flatnonzero(lit.any(0))[[0, -1]]
+    box = lit[top : bottom + 1, left : right + 1]
+    if box.mean() > 0.65:
+        return color, "square" if box.mean() > 0.9 else "circle"
+    return color, "cross" if box[-3].mean() < 0.5 else "triangle"
+
+
+def test_answers_are_what_the_pictures_show():
+    """Read anew from the question's words and the pixels; where the pictures allow both, yes as often as no."""
+    open_, missing = [], 0
+    for seed in range(240):
+        puzzle = make_puzzle(2 + seed % 5, seed, KINDS[seed % 6])
+        words, text = puzzle.question.text.rstrip("?").split(), puzzle.question.text
+        colors, shapes = zip(*map(seen, puzzle.images), strict=True)
+        assert [list(COLORS)[c] for c in puzzle.colors] == list(colors)
+        assert [SHAPES[s] for s in puzzle.shapes] == list(shapes)
+        numbers = [int(n) - 1 for n in re.findall(r"\d+", text)]
+        match puzzle.question.kind:
+            case "color" | "shape" as kind:
+                answer = {"color": colors, "shape": shapes}[kind][numbers[0]]
+            case "which":
+                hits = [i for i, one in enumerate(zip(colors, shapes, strict=True)) if one == tuple(words[-2:])]
+                answer = str(hits[0] + 1) if hits else "none"
+            case "count":
+                answer = str(colors.count(words[-1]))
+            case kind:
+                values, (i, j) = {"same color": colors, "same shape": shapes}[kind], numbers
+                assert i != j
+                answer = "yes" if values[i] == values[j] else "no"
+                open_ += [answer] if 1 < values.count(values[i]) < len(values) else []
+        assert puzzle.question.answer == answer, text
+        if puzzle.question.kind == "which":
+            missing += answer == "none"
+    assert 0.4 < open_.count("yes") / len(open_) < 0.6 and len(open_) > 30
+    assert 0 < missing < 12  # of 40
+    mixed = make_mixed_puzzles(7, 240)
+    assert [len(puzzle.images) for puzzle in mixed] == [2, 3, 4, 5, 6, 2, 3]
+    assert [puzzle.question.kind for puzzle in mixed] == [*KINDS, KINDS[0]]
+
+
+def test_the_figures_of_a_checkpoint_are_of_its_own_profile(monkeypatch, capsys):
+    """And of no other where one is named that is not there."""
+    monkeypatch.setattr(sys, "argv", ["x", str(SHIPPED_MODEL), "--questions", "2", "--images", "3"])
+    evaluate.main()
+    said = capsys.readouterr().out.splitlines()
+    model, processor = load_backend("torch", SHIPPED_MODEL, device="cpu"), load_processor(SHIPPED_MODEL)
+    row, *_ = compare(model, processor, Profile.load(SHIPPED_MODEL / FILE_NAME), make_puzzles(3, 2, 1_000_000))
+    assert said[0].startswith(f"3 images, 2 questions: dense {row.dense:.2%}, sparse {row.sparse:.2%}, ")
+    assert said[0].endswith(f"KL {row.kl:.5f} nats, kept FLOPs {row.kept_flops:.1%}") and row.kept_flops < 0.9
+    assert [line.split()[0] for line in said[1:]] == ["color", "shape"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--profile", "nothing.json"])
+    with pytest.raises(FileNotFoundError):
+        evaluate.main()
+
+
+def test_dense_against_sparse_is_counted_as_by_hand(no_grad):
+    """In batches of four, padded, against plain transformers on one question after the other."""
+    model, processor = load_checkpoint(SHIPPED_MODEL, dtype="float32")
+    profile = Profile.uniform(Category.INTRA_IMAGE, fingerprint(model))
+    puzzles = make_puzzles(6, 6, 3_000_102)
+    row, dense, sparse = compare(load_backend("torch", SHIPPED_MODEL, device="cpu"), processor, profile, puzzles,
+        batch_size=4)  # fmt: skip
+    logs, kept = [], np.zeros(2, int)
+    for puzzle in puzzles:
+        inputs = to_inputs(processor, [puzzle])
+        logs.append([])
+        for way in (None, profile):
+            handle = way and patch(model, way, break_even=False)
+            logs[-1].append(model(**inputs).logits[0, -1].double().log_softmax(-1))
+            if handle:
+                handle.unpatch()
+        layout = Layout.from_ids(inputs["input_ids"][0].numpy(), inspect_model(model).special)
+        kept += [category_mask(layout, c, profile.template).sum() for c in (Category.INTRA_IMAGE, Category.DENSE)]
+    answers = [[processor.tokenizer.convert_ids_to_tokens(int(pair[i].argmax())) for pair in logs] for i in (0, 1)]
+    expected = [puzzle.question.answer for puzzle in puzzles]
+    right = [np.equal(way, expected) for way in answers]
+    assert [list(dense.answers), list(sparse.answers)] == answers and right[0].sum() > right[1].sum() > 0
+    assert (row.n_images, row.n_questions) == (6, 6)
+    assert (row.dense, row.sparse) == (right[0].mean(), right[1].mean())
+    assert row.agreement == np.equal(*answers).mean() < 1
+    assert row.kl == pytest.approx(np.mean([float((p.exp() * (p - q)).sum()) for p, q in logs]), rel=1e-3)
+    assert row.kept_flops == pytest.approx(kept[0] / kept[1], rel=1e-12)
+    for i, kind in enumerate(row.by_kind):
+        assert (kind.kind, kind.n_questions) == (KINDS[i], 1)
+        assert (kind.dense, kind.sparse) == (right[0][i], right[1][i])
 
 
 @families

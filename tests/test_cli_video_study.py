@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 
 from blindsight_cli.smallvlm import build, evaluate
+from shared_profiles import SPARSE, Category, Layout, SinkTemplate, category_mask
 from torch_blindsight.models import inspect_model
 from torch_blindsight.prompts import TokenHistory, read_layouts
 from tree_scripts import ROOT
@@ -47,3 +49,14 @@ def test_the_page_is_of_its_results(tmp_path):
     results = ROOT / "docs" / "results"
     video_page.write_page(json.loads((results / "video.json").read_text()), tmp_path / "video.md")
     assert (tmp_path / "video.md").read_text() == (results / "video.md").read_text(), "run scripts/video_study.py"
+
+
+def test_pairs_of_a_long_video_are_those_of_its_masks():
+    """Of 15 words, a video with one pair of delimiters or one for each frame, and 32 words."""
+    film = [(15, 16, 36, 36), (36, 36, 56, 56), (56, 56, 76, 77)]
+    apart = [(15, 16, 36, 37), (37, 38, 58, 59), (59, 60, 80, 81)]
+    for row, images in zip(video.long_video(n_frames=3, n_tokens=20), (film, apart), strict=True):
+        n = images[-1][3] + 32
+        masks = {c: category_mask(Layout(n, 0, n, np.array(images)), c, SinkTemplate()) for c in Category}
+        kept = {c.name: masks[c].sum() / masks[Category.DENSE].sum() for c in SPARSE}
+        assert (row["tokens"], row["frames"]) == (n, 3) and row["kept"] == pytest.approx(kept, rel=1e-12)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from shared_profiles import category_mask
 from tree_scripts import ROOT, python
 
 pytestmark = pytest.mark.timeout(600)  # a dry run of many parts, on a busy machine
@@ -24,8 +25,9 @@ PARTS = {
 }
 GPU_CHECK = ROOT / "scripts" / "gpu_check.py"
 
-attention, measure, tables, results, runner = (
-    import_module(f"blindsight_gpu.{name}") for name in ("attention", "measure", "tables", "results", "runner")
+attention, measure, plots, prompts, tables, results, runner = (
+    import_module(f"blindsight_gpu.{name}")
+    for name in ("attention", "measure", "plots", "prompts", "tables", "results", "runner")
 )
 COMMANDS = import_module("blindsight_gpu.parts").COMMANDS
 # Tests of one group run in one worker, so that one dry run serves them all.
@@ -86,13 +88,30 @@ def test_three_commands_run_everything_in_their_time():
         assert len(parts) <= 4
 
 
+def assert_counted(row: dict, milliseconds: float, shape) -> None:
+    """Pairs are those of the heads' masks, of the denominator causal; each takes a product and a sum, twice."""
+    n = row["tokens"]
+    causal = pairs = shape.heads * sum(range(n + 1))
+    if "profile" in row:
+        layout = prompts.make_layout(shape, n)
+        heads = attention.profiles(shape.heads)[row["profile"]]
+        pairs = sum(int(category_mask(layout, head, prompts.TEMPLATE).sum()) for head in heads)
+        assert row["kept"] == pytest.approx(pairs / causal, rel=1e-12)
+    assert row["useful_tflops"] == pytest.approx(pairs * 2 * 2 * shape.dim / (milliseconds / 1e3) / 1e12, rel=1e-9)
+
+
 @with_torch
 def test_attention_is_compared_with_peers_that_compute_the_same(dry_run):
-    rows = [row for row in load(dry_run("torch"), "attention")["rows"] if "profile" in row]
+    rows = load(dry_run("torch"), "attention")["rows"]
+    shape, _ = prompts.shapes(measure.Place(dry_run=True))
+    for row in rows[1:]:  # behind the plan's
+        assert_counted(row, row.get("ours_ms", row.get("dense_ms")), shape)
+    rows = [row for row in rows if "profile" in row]
     assert [row["profile"] for row in rows] == list(attention.SOME)
     for row in rows:
         if "all Dense" not in row["profile"]:
             assert row["flex_differs_by"] < 1e-5
+            assert 0 < row["flex_mask_ms"] < 1e3 * row["row_seconds"]
             assert row["varlen_note"]
         assert row["first_ms"] > 0
         assert row["denominator"] == "SDPA on the CPU, causal, the same tokens"
@@ -103,10 +122,14 @@ def test_attention_is_compared_with_peers_that_compute_the_same(dry_run):
 def test_pallas_is_measured_beside_triton_on_the_same_inputs(dry_run):
     dense, *rows = load(dry_run("jax"), "pallas")["rows"]
     assert dense["kernel"] == "XLA on the CPU"
+    assert_counted(dense, dense["dense_ms"], import_module("blindsight_gpu.pallas")._TOY)
     assert [row["profile"] for row in rows] == ["all Intra-Image+Sink", "30% Dense, rest Intra-Image+Sink"]
     for row in rows:
         assert row["differs_by"] < 0.05  # two bfloat16 kernels of the same numbers
         np.testing.assert_allclose(row["against_triton"] * row["pallas_ms"], row["triton_ms"], rtol=1e-9)
+        assert_counted(row, row["pallas_ms"], import_module("blindsight_gpu.pallas")._TOY)
+        np.testing.assert_allclose(row["speed_up"] * row["pallas_ms"], dense["dense_ms"], rtol=1e-9)
+        np.testing.assert_allclose(row["bound_ms"], row["kept"] * dense["dense_ms"], rtol=1e-9)
         assert row["compile_s"] > 0
     assert rows[0]["tokamax_note"]
 
@@ -120,6 +143,8 @@ def test_models_are_measured_dense_and_sparse(dry_run):
         assert row["attention_share"] > 0
         assert row["beside_share"] > 0
         np.testing.assert_allclose(row["speed_up"] * row["sparse_s"], row["dense_s"], rtol=1e-9)
+        dense, sparse = (row[side] + row["tower_s"] for side in ("dense_s", "sparse_s"))
+        np.testing.assert_allclose(row["ttft_speed_up"] * sparse, dense, rtol=1e-9)
 
 
 @with_jax
@@ -345,6 +370,20 @@ def test_without_a_gpu_only_a_dry_run_is_possible(tmp_path):
     assert done.returncode == 1
     assert "torch.cuda.is_available() is False: use --dry-run" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("group", [pytest.param("torch", marks=with_torch), pytest.param("jax", marks=with_jax)])
+def test_rows_of_every_part_become_tables_and_plots(dry_run, group, tmp_path):
+    """As if a GPU had measured them: no figure is lost between the two."""
+    for part in PARTS[group]:
+        (tmp_path / f"gpu-{part}.json").write_text(json.dumps(load(dry_run(group), part) | {"dry_run": False}))
+    text = tables.section(tmp_path)
+    shown = {"ours_ms", "pallas_ms", "dense_s", "sparse_s", "tower_s", "pack_ms", "flex_ms", "triton_ms", "speed_up"}
+    for part in set(PARTS[group]) - {"jax_model", "tune"}:
+        for row in load(tmp_path, part)["rows"]:
+            assert all(f"{row[name]:.2f}" in text for name in shown & row.keys()), row
+    assert "Not measured" not in text
+    assert len(plots.draw(tables.measured(tmp_path), tmp_path)) == 2
 
 
 @with_torch

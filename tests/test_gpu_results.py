@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from importlib import import_module
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,28 @@ def test_loops_are_read_from_machine_code():
     assert (loop.instructions, loop.special, loop.matrix) == (4, 1, 1)
 
 
+def test_programs_begin_in_order_where_one_has_ended():
+    """Two slots: 4 and 3 begin; 2 follows the 3, 6 the 4."""
+    assert cycles.makespan(np.array([4.0, 3.0, 2.0, 6.0]), 2) == 10
+    assert cycles.makespan(np.array([4.0]), 132) == 4
+
+
+def test_bursts_in_jax_give_the_seconds_of_one_call():
+    """Of the median burst, however many calls are in one; two sets of inputs in turns."""
+    in_jax, turns, spent = import_module("blindsight_gpu.in_jax"), [], []
+
+    def call(turn):
+        begun = time.perf_counter()
+        time.sleep(0.005)
+        turns.append(turn)
+        spent.append(time.perf_counter() - begun)
+        return jnp.zeros(())
+
+    found = in_jax.seconds_per_jax_call(call, measure.Place(dry_run=False))
+    assert min(spent) <= found <= 2 * max(spent)
+    assert turns[:4] == [0, 1, 0, 0]
+
+
 def test_the_pallas_model_predicts_what_its_page_says(monkeypatch):
     pallas_cycles = import_module("blindsight_gpu.pallas_cycles")
     counted = tuple(cycles.Loop(instructions, 66, 16) for instructions in (509, 821, 831))
@@ -126,6 +150,8 @@ def test_the_jax_rows_have_tables_of_their_own(tmp_path):
         dict(case="3B: 36K, sparse", tokens=36864, seconds=2.0, compile_s=40.0, peak_gib=30.0),
         dict(case="3B: 36K, dense", tokens=36864, seconds=5.0, compile_s=20.0, peak_gib=30.0),
         dict(case="12B: 300K, sparse", tokens=294912, note="not run: its KV cache takes 118 GiB"),
+        dict(case="12B: 72K, sparse", tokens=73728, note="failed"),
+        dict(case="12B: 72K, dense", tokens=73728, seconds=7.0),
     ]
     for part, rows in (("pallas", [PALLAS]), ("jax_model", sides)):
         (tmp_path / f"gpu-{part}.json").write_text(json.dumps(result(part, rows)))
@@ -135,6 +161,7 @@ def test_the_jax_rows_have_tables_of_their_own(tmp_path):
         in text
     )
     assert "| 3B: 36K, 36,864 tokens | 5.00 | 2.00 | 2.50x | – | 40 | 30 | – | – |" in text
+    assert "| 12B: 72K, 73,728 tokens | 7.00 | – failed | – |" in text
     assert "| 12B: 300K, 294,912 tokens | – | – not run: its KV cache takes 118 GiB | – | – | – | – | – | – |" in text
 
 
@@ -179,6 +206,7 @@ def test_two_plots_are_drawn_and_shown_where_there_are_results(tmp_path):
         for line in ("Triton: all Sink", "Pallas: all Sink"):
             assert f"<!-- {line} -->" in drawn
         assert ("the bound: cuDNN SDPA, dense" in drawn) == (name == "gpu-tflops.svg")
+    assert "cuDNN" not in (tmp_path / "docs" / "gpu-speed-up.svg").read_text()  # not every shape's denominator is
     assert python(*arguments, "--check").returncode == 0
     (tmp_path / "docs" / "gpu-tflops.svg").unlink()
     done = python(*arguments, "--check")
@@ -209,6 +237,21 @@ def test_tables_name_machine_denominator_and_misses(tmp_path):
     assert "v: 90.00, then 10.00" in text
     assert "under load 1500 to 1900 MHz, reasons to throttle 0x4" in text
     assert "source `s`: attention; commit `0123456789ab`, source `t`: bounds;" in text
+
+
+def test_what_limits_a_launch_has_units(tmp_path):
+    """By counters their own; without them microseconds by kernel, and what it uses; clocks are those of all rows."""
+    clocks = [dict(sm_mhz=[1500, 1800], throttle="0x4"), dict(sm_mhz=[1400, 1900], throttle="0x1")]
+    counted = dict(case="one", metrics={"Duration (us)": "812.4"}, **clocks[0])
+    timed = dict(case="two", ncu_note="no permission", kernels_us={"prefill": 812.4368}, uses={"registers": 255})
+    found = (tmp_path / "gpu-profile.json", tmp_path / "gpu-sanitizer.json")
+    found[0].write_text(json.dumps(result("profile", [counted, timed | clocks[1]])))
+    found[1].write_text(json.dumps(result("sanitizer", [{"case": "memcheck: Triton", "memcheck": "0 errors"}])))
+    text = tables.section(tmp_path)
+    assert "| one | Duration (us): 812.4 |" in text
+    assert "| two (no permission) | prefill: 812.4 µs; registers: 255 |" in text
+    assert "Sanitizer: memcheck: Triton: 0 errors." in text
+    assert "under load 1400 to 1900 MHz, reasons to throttle 0x1, 0x4" in text
 
 
 def test_results_of_two_gpus_are_not_published(tmp_path):

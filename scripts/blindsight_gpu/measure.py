@@ -99,8 +99,8 @@ def peak_gib(call: Callable[[], object], place: Place) -> float | None:
 def peak_and_seconds(call: Callable[..., object], place: Place) -> tuple[float | None, float]:
     """Peak GPU memory of a long call, as `peak_gib`, and its seconds.
 
-    The call that measures the peak warms up; where it takes long, what it warms up is next to nothing, and it is the
-    measurement.
+    The call that measures the peak warms up; where it takes long, it is the measurement: its kernels should have been
+    compiled before, and what else it warms up is next to nothing.
     """
     begun = time.perf_counter()
     peak = peak_gib(call, place)

@@ -25,9 +25,7 @@ def draw(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
     shapes = sorted({row["shape"] for found in rows.values() for row in found if "speed_up" in row}, reverse=True)
     if not shapes:
         return []
-    speed_up = _plot(
-        folder / SPEED_UP, rows, shapes, "speed-up over dense attention by cuDNN", lambda row: row.get("speed_up")
-    )
+    speed_up = _plot(folder / SPEED_UP, rows, shapes, "speed-up over dense attention", lambda row: row.get("speed_up"))
     rate = _plot(folder / RATE, rows, shapes, "useful TFLOP/s", lambda row: row.get("useful_tflops"))
     return [speed_up, rate]
 

@@ -297,7 +297,8 @@ def _calibration(rows: list[Row]) -> str:
 def _profile(rows: list[Row]) -> str:
     body = []
     for row in rows:
-        said = row.get("metrics") or row["kernels_us"] | row["uses"]
+        spent = {name: f"{us:.1f} µs" for name, us in row.get("kernels_us", {}).items()}
+        said = row.get("metrics") or spent | row["uses"]
         note = f" ({row['ncu_note']})" if "ncu_note" in row else ""
         body.append([f"{row['case']}{note}", "; ".join(f"{name}: {value}" for name, value in said.items())])
     return _table(["one launch, 100K tokens", "what limits it"], body)

@@ -23,7 +23,7 @@ class CurveRow(Record):
     Attributes:
         kept: share of dense attention's query-key pairs that the whole model computes, in [0, 1].
         kl: KL(dense || sparse) of the next token, in nats: a mean over the held-out prompts where it is worst.
-        agreement: share of these whose likeliest next token is the dense model's.
+        agreement: share of all held-out prompts whose likeliest next token is the dense model's.
         accuracy: share of right answers.
         n_prompts: how many held-out prompts there were.
         n_images: the fewest and the most images of those where the divergence is worst.
