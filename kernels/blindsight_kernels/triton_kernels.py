@@ -27,6 +27,8 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < MINIMUM_TRITON:
     )
 
 
+# A launch option: products are added in one instruction, which Triton 3.9 warns of and 3.10 does only if asked.
+FP_FUSION = True
 # Stands for minus infinity: a row that is denied a whole tile stays finite, and its weights there vanish later.
 _NEVER = tl.constexpr(-1e30)
 # Before any window: the position of a packed key beyond the end of its slice.
