@@ -1,4 +1,4 @@
-"""Rotary positions of prompts, as transformers 5.17 counts them (`get_rope_index`).
+"""Rotary positions of prompts, as transformers counts them (`get_rope_index`).
 
 Text counts on by one. A Qwen image spans its own box from the position it begins at: temporal, row and column of each
 token; what follows counts on from the box's longer side. Gemma 3's images count like text.
@@ -9,7 +9,9 @@ token; what follows counts on from the box's longer side. Gemma 3's images count
     column     0 1  2  3 4 3 4  5  6
 
 A video's time may run beyond what follows it. The rest of the prompt counts on from the box's side all the same; a
-token that the model writes stands one after the highest position so far, and a later turn follows on from there.
+token that the model writes stands one after the highest position so far, and a later turn follows on from there. Its
+frames lie as far apart as they were taken, in fractions of a second, too, where transformers 5.17 cut every distance
+to whole seconds (mended since: its pull request 48669).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def rope_positions(
         valid: `[B, N]`, False for padding.
         image_grids, video_grids: `[n, 3]`, frame groups, rows and columns of patches of every image and video, row by
             row of the batch. Ignored for Gemma 3.
-        second_per_grid: seconds between the frame groups of each video; the whole seconds count. Default: 1.
+        second_per_grid: seconds between the frame groups of each video. Default: 1.
 
     Returns:
         positions: int32, 0 at padding: mRoPE `[3, B, N]` (temporal, row, column), or `[B, N]` for Gemma 3.
@@ -73,13 +75,13 @@ def _spans(
 ) -> Iterator[tuple[np.ndarray, int]]:
     """For every picture its tokens' positions from 0, `[3, n_tokens]`, and how far the text counts on."""
     grids = np.zeros((0, 3), np.int64) if grids is None else np.asarray(grids, dtype=np.int64).reshape(-1, 3)
-    intervals = np.ones(len(grids), np.int64)
+    intervals = np.ones(len(grids), np.float32)  # torch's precision: it decides what is cut to a whole position
     if tokens_per_second is not None:
-        intervals *= tokens_per_second * (1 if seconds is None else np.asarray(seconds).astype(np.int64))
-    for (groups, n_rows, n_columns), interval in zip(grids.tolist(), intervals.tolist(), strict=True):
+        intervals *= tokens_per_second * (1 if seconds is None else np.asarray(seconds, dtype=np.float32))
+    for (groups, n_rows, n_columns), interval in zip(grids.tolist(), intervals, strict=True):
         shape = (groups, n_rows // merge, n_columns // merge)
         span = np.indices(shape, dtype=np.int32).reshape(3, -1)
-        span[0] *= interval
+        span[0] = span[0].astype(np.float32) * interval
         yield span, max(shape[1:])
 
 

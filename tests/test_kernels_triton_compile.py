@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="compiles with Triton, which is not installed")
 
 import triton
 
+from blindsight_kernels import triton_prefill
 from blindsight_kernels.triton_compile import (
     ELEMENT_SIZES,
     TABLE,
@@ -22,6 +25,7 @@ from blindsight_kernels.triton_compile import (
     read_table,
 )
 from blindsight_kernels.triton_configurations import configuration, generation
+from shared_profiles import Category, Layout, SinkTemplate
 
 SHARED_MEMORY = {
     80: 99 * 1024,
@@ -91,6 +95,21 @@ def test_worse_is_named():
 @pytest.mark.parametrize(("major", "tiles_of"), [(8, 80), (9, 90), (10, 100), (12, 80)], ids="sm_{}x".format)
 def test_every_gpu_gets_tiles_that_fit_it(major, tiles_of):
     assert generation(major) == tiles_of
+
+
+def test_products_are_added_in_one_instruction_whatever_is_the_default(monkeypatch):
+    """Both launches ask for it, as compiling ahead of time does: without, there is an eighth more arithmetic."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    assert "fma.rn.f32" in compile_kernel(90, 16, "bf16", merge=True).ptx
+    asked = []
+    launch = type("Launch", (), {"__getitem__": lambda *_: lambda *_, **options: asked.append(options)})()
+    monkeypatch.setattr(triton_prefill, "INTERPRETED", True)
+    for kernel in ("prefill_kernel", "merge_kernel"):
+        monkeypatch.setattr(triton_prefill, kernel, launch)
+    layout = Layout(200, 0, 200, np.array([[4, 5, 20, 20]]))
+    q = torch.zeros(1, 1, 200, 16)
+    triton_prefill.triton_attention(q, q, q, [layout], [Category.SINK], SinkTemplate(), scale=1.0, max_keys=32)
+    assert [options["enable_fp_fusion"] for options in asked] == [True, True]
 
 
 def test_interpreted_kernels_are_not_compiled():

@@ -95,6 +95,7 @@ def test_a_language_model_in_training_mode_runs_dense(case):
         assert handle.report()["forwards"] == {"dense: training mode": 1}
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("past", ["forward", "model"])
 def test_a_forward_past_the_patch_is_said(case, past, caplog):
     """Once: it is dense and in no count. Those that the patch itself lets run dense are in its report."""

@@ -304,7 +304,7 @@ def test_a_pruned_cache_that_was_cut_is_refused():
     model = double_model("qwen2_vl")
     with patch(model, mixed_profile(model), pruner=DivPrune(0.5)):
         cache = model(**one_prompt("qwen2_vl")).past_key_values
-        cache.crop(cache.get_seq_length() - 1)
+        cache.crop(-1)
         with pytest.raises(ValueError, match=r"its cache uncut and unmasked. Got .* -1 tokens decoded so far"):
             model(input_ids=torch.tensor([[42]]), past_key_values=cache)
 

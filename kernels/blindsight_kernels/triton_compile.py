@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blindsight_kernels.triton_configurations import GENERATIONS, HEAD_DIMS, Configuration, configuration
-from blindsight_kernels.triton_kernels import merge_kernel, prefill_kernel, triton
+from blindsight_kernels.triton_kernels import FP_FUSION, merge_kernel, prefill_kernel, triton
 from blindsight_kernels.triton_work import N_FIELDS
 
 TABLE = Path(__file__).with_name("triton_resources.json")
@@ -169,7 +169,7 @@ def compile_kernel(
         constexprs=constants,
         attrs={index: [["tt.divisibility", 16]] for index in aligned},
     )
-    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=FP_FUSION)
     compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
     return Compiled(compiled.asm["ptx"], *read_cubin(compiled.asm["cubin"], compiled.metadata.shared))
 

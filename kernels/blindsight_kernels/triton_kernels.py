@@ -27,6 +27,8 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < MINIMUM_TRITON:
     )
 
 
+# A launch option: products are added in one instruction, which Triton 3.9 warns of and 3.10 does only if asked.
+FP_FUSION = True
 # Stands for minus infinity: a row that is denied a whole tile stays finite, and its weights there vanish later.
 _NEVER = tl.constexpr(-1e30)
 # Before any window: the position of a packed key beyond the end of its slice.
@@ -96,7 +98,8 @@ def _rows(p_tile, rows_ptr, q_start, BLOCK_Q: tl.constexpr):
     gathered = (tl.load(p_tile + 1, volatile=True) & 1) != 0
     row_start = tl.load(p_tile + 2, volatile=True)
     m_q = o_q < tl.load(p_tile + 3, volatile=True)
-    pos = tl.load(rows_ptr + row_start + o_q, mask=m_q & gathered, other=0, volatile=True)
+    m_listed = tl.where(gathered, m_q, False)  # Triton 3.9's interpreter makes integers of m_q & gathered
+    pos = tl.load(rows_ptr + row_start + o_q, mask=m_listed, other=0, volatile=True)
     pos = tl.where(gathered, pos, row_start + o_q)
     return pos, (pos - q_start).to(tl.int64), m_q
 

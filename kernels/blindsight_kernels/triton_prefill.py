@@ -21,7 +21,7 @@ from torch import Tensor
 from blindsight_kernels.checks import check_arrays, check_categories, check_keys, check_layouts
 from blindsight_kernels.plans import build_plans
 from blindsight_kernels.triton_configurations import GENERATIONS, Configuration, configuration, generation
-from blindsight_kernels.triton_kernels import merge_kernel, prefill_kernel, triton
+from blindsight_kernels.triton_kernels import FP_FUSION, merge_kernel, prefill_kernel, triton
 from blindsight_kernels.triton_work import N_FIELDS, NO_WINDOW, Work, build_work, order_heads, pack
 from shared_profiles.layout import Layout
 from shared_profiles.template import SinkTemplate
@@ -144,6 +144,7 @@ def triton_prefill(
             **sizes,
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
+            enable_fp_fusion=FP_FUSION,
         )
         if work.n_slots:
             merge_kernel[(len(heads) * len(work.merges),)](
@@ -160,6 +161,7 @@ def triton_prefill(
                 n_heads,
                 plan.q_start,
                 num_warps=chosen.num_warps,
+                enable_fp_fusion=FP_FUSION,
                 **sizes,
             )
     return out, lse
