@@ -269,6 +269,17 @@ def test_a_missing_package_is_named() -> None:
     assert done.returncode == 3 and "source folder: pip install '.[cli]'" in done.stderr
 
 
+def test_a_scheduler_ends_a_command_as_ctrl_c_does() -> None:
+    """So what was measured is kept, and what is half written goes."""
+    code = (
+        "import os, signal\nfrom blindsight_cli import main\n"
+        "def command(**_):\n    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n        signal.pause()\n"
+        "    except KeyboardInterrupt:\n        print('kept')\n"
+        "main.app = command\nmain.main()"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True, timeout=60) == "kept\n"
+
+
 def checks(*args: object) -> tuple[int, dict[str, dict[str, str]]]:
     """Exit code of the doctor, and its findings by name."""
     result = blindsight("doctor", *args, "--json")

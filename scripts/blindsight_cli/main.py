@@ -5,6 +5,7 @@ Heavy packages are imported inside the command that needs them, so that help and
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -376,7 +377,8 @@ def report(
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Runs the command line. SIGTERM, a scheduler's word, ends it as Ctrl-C does: what was measured is kept."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     never_fail_on_signs()
     app(prog_name="blindsight")
 
