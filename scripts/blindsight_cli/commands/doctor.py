@@ -137,7 +137,7 @@ def check_names() -> str:
             others = ", ".join(map(str, copies[1:]))
             raise Failed(
                 f"{name} is there more than once: {copies[0]} is used, not {others}",
-                "Uninstall one of them: pip uninstall blindsight, or leave the other source tree out of PYTHONPATH.",
+                "Uninstall one (pip uninstall blindsight-vlm), or leave the other source tree out of PYTHONPATH.",
             )
     # A folder without __init__.py has no origin, and does no harm.
     kernels = importlib.util.find_spec("kernels")
