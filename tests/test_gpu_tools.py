@@ -99,7 +99,18 @@ def test_a_killed_run_still_says_which_tests_passed(line):
         "failed": 2,
         "skipped": 1,
         "failed_tests": ["tests/test_a.py::test_four", "tests/test_a.py::test_two"],
+        "skipped_for": [],
     }
+
+
+def test_why_tests_were_skipped_is_told():
+    """On a GPU, too, where JAX sees only the CPU."""
+    said = "SKIPPED [2] tests/parity_subjects.py:105: needs JAX for CUDA; here cpu\nSKIPPED [1] tests/a.py: none\n"
+    row = correctness.read_log("tests/test_a.py::test_one SKIPPED\n" + said)
+    assert row["skipped_for"] == ["needs JAX for CUDA; here cpu", "none"]
+    tables = import_module("blindsight_gpu.tables")
+    assert tables._correctness([row]) == "`pytest -m gpu`: 0 passed, 1 skipped (needs JAX for CUDA; here cpu; none)."
+    assert tables._correctness([row | {"skipped": 0}]) == "`pytest -m gpu`: 0 passed, 0 skipped."
 
 
 def test_what_is_stopped_at_its_limit_ends_with_its_children_and_leaves_its_log(tmp_path):

@@ -40,7 +40,7 @@ def marked_files(folder: Path) -> list[Path]:
 
 
 def _suite(results: Results, place: Place) -> Row:
-    """Counts of passed, failed and skipped tests; the names of those that failed.
+    """Counts of passed, failed and skipped tests; the names of those that failed, and why others were skipped.
 
     A `failure` is in the row, beside the counts, where a test failed, pytest was stopped or, on a GPU, none passed.
     """
@@ -83,4 +83,5 @@ def read_log(said: str) -> Row:
         "failed": len(failed),
         "skipped": sum(end == "SKIPPED" for end in ends.values()),
         "failed_tests": failed,
+        "skipped_for": sorted(set(re.findall(r"^SKIPPED \[\d+\] \S+ (.+)", said, re.M))),  # pytest's summary, by -ra
     }

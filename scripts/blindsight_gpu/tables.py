@@ -151,7 +151,10 @@ def _machine(documents: dict[str, dict[str, Any]]) -> str:
 
 
 def _correctness(rows: list[Row]) -> str:
-    return "\n".join(f"`pytest -m gpu`: {row['passed']} passed, {row['skipped']} skipped." for row in rows)
+    counts = "`pytest -m gpu`: {passed} passed, {skipped} skipped{why}."
+    return "\n".join(
+        counts.format(**row, why=f" ({'; '.join(row['skipped_for'])})" if row["skipped"] else "") for row in rows
+    )
 
 
 def _bounds(rows: list[Row]) -> str:
