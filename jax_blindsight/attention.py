@@ -24,6 +24,7 @@ from jax.extend import backend
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from blindsight_kernels.checks import shapes_fit
 from jax_blindsight.portable import attend_sequence
 from jax_blindsight.sharding import DATA, MODEL, check_batch, on_devices
 from jax_blindsight.work import AttentionWork
@@ -230,8 +231,7 @@ def _check(
             f"the work must be built for impl={impl!r}. Got a {type(work).__name__}, which is that of {built_for!r}. "
             "Build it with jax_blindsight.implementations.build_work."
         )
-    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
-    if not fits or not k.shape[1] or q.shape[1] % k.shape[1] or not q.dtype == k.dtype == v.dtype:
+    if not shapes_fit(q, k, v) or q.shape[1] % k.shape[1] or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             "q, k and v must be [B, H, T, D], [B, K, S, D], [B, K, S, D] of one dtype with H a multiple of K. Got "
             f"{q.shape}, {k.shape}, {v.shape}; {q.dtype}, {k.dtype}, {v.dtype}."

@@ -13,6 +13,12 @@ import numpy as np
 from shared_profiles.layout import Layout
 
 
+def shapes_fit(q: Any, k: Any, v: Any) -> bool:
+    """Whether q is `[B, H, T, D]` and both k and v are `[B, K, S, D]`, K at least 1; K need not divide H."""
+    fit: bool = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3] and k.shape[1] > 0
+    return fit
+
+
 def check_arrays(q: Any, k: Any, v: Any) -> None:
     """Refuses queries, keys and values that do not fit together.
 
@@ -23,7 +29,7 @@ def check_arrays(q: Any, k: Any, v: Any) -> None:
     Raises:
         ValueError: they are not.
     """
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or _misfit(q.shape, k.shape):
+    if not shapes_fit(q, k, v) or q.shape[1] % k.shape[1]:
         raise ValueError(
             "q, k and v must be [B, H, T, D], [B, K, S, D], [B, K, S, D] with H a multiple of K. Got "
             f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}. Do not repeat keys for grouped heads."
@@ -70,7 +76,3 @@ def check_categories(categories: Sequence[int] | np.ndarray, n_heads: int) -> No
     """
     if len(categories) != n_heads:
         raise ValueError(f"categories must hold one category per query head, H={n_heads}. Got {len(categories)}.")
-
-
-def _misfit(q: Sequence[int], k: Sequence[int]) -> bool:
-    return q[0] != k[0] or q[3] != k[3] or not k[1] or bool(q[1] % k[1])

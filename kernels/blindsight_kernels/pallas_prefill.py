@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 
+from blindsight_kernels.checks import shapes_fit
 from blindsight_kernels.pallas_configurations import SHARED_MEMORY, Configuration, configuration
 from blindsight_kernels.pallas_kernel import NEVER, prefill_kernel
 from blindsight_kernels.pallas_requirements import jax, jnp, lax, plgpu
@@ -237,8 +238,7 @@ def check_inputs(
     kv_heads: Sequence[int] | None = None,
 ) -> None:
     """Refuses what the kernel cannot compute, as `pallas_attention` says."""
-    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[::3] == k.shape[::3]
-    if not fits or not k.shape[1] or (kv_heads is None and q.shape[1] % k.shape[1]):
+    if not shapes_fit(q, k, v) or (kv_heads is None and q.shape[1] % k.shape[1]):
         raise ValueError(
             "q, k and v must be [B, H, T, D], [B, K, S, D], [B, K, S, D] with H a multiple of K. Got "
             f"{q.shape}, {k.shape}, {v.shape}. Do not repeat keys for grouped heads."

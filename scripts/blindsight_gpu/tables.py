@@ -117,7 +117,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     """On one line and without bars: compilers' errors, which are notes, have many of both."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return _on_one_line(text).replace("|", "\\|")
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _number(row: Row, name: str, form: str = "{:.2f}", note: str = "") -> str:
@@ -310,7 +314,7 @@ def _profile(rows: list[Row]) -> str:
 def _missing(documents: dict[str, dict[str, Any]]) -> str:
     """What was asked for and has no figure: misses are published too."""
     failed = [row for d in documents.values() for row in d["rows"] if "failure" in row]
-    lines = [f"- {row['case']}: {' '.join(row['failure'].split())}" for row in failed]
+    lines = [f"- {row['case']}: {_on_one_line(row['failure'])}" for row in failed]
     lines += [f"- {d['running']}: did not end" for d in documents.values() if d["running"] is not None]
     lines += [f"- {case}: left out for want of time" for d in documents.values() for case in d["left_out"]]
     return "\n".join(["Not measured:", "", *lines]) if lines else ""
