@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from attention_inputs import draw_inputs
 from blindsight_kernels.reference import reference_attention
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from strategies import chunks, layouts, templates, windows
+from torch_blindsight import fused, portable
 from torch_blindsight.portable import portable_attention
 
 
@@ -105,34 +108,68 @@ def test_error_within_twice_that_of_plain_attention(dtype, bidirectional, window
     assert torch.equal(out, again)
 
 
-def test_unfused_attention_of_other_devices_agrees(monkeypatch):
-    """Devices without the CPU's fused kernel take the unfused path; the meta-free way to run it here is to force it."""
-    from torch_blindsight import portable
+@pytest.fixture
+def unfused(monkeypatch):
+    """The matrix products of devices without the CPU's fused kernel, which run on a CPU just as well."""
+    monkeypatch.setattr(fused, "_SCORES_AT_ONCE", 1000)
+    monkeypatch.setattr(portable, "attend", fused._attend)
+    monkeypatch.setattr(portable, "attend_backward", fused._attend_backward)
 
+
+def test_unfused_attention_of_other_devices_agrees(request):
     layout, template = three_images(False), SinkTemplate(local_block=64)
     q, k, v = draw_inputs(1, 1, 4, 2, 311, 311, 32, torch.float32)
-    fused, fused_lse = portable_attention(q, k, v, [layout], [0, 1, 2, 3], template, scale=0.2)
-    attend = portable._attend_unfused
-    monkeypatch.setattr(portable, "_SCORES_AT_ONCE", 1000)
-    monkeypatch.setattr(portable, "_attend", attend)
-    plain, plain_lse = portable_attention(q, k, v, [layout], [0, 1, 2, 3], template, scale=0.2)
-    torch.testing.assert_close(fused, plain, rtol=0, atol=2e-6)
-    torch.testing.assert_close(fused_lse, plain_lse, rtol=0, atol=2e-6)
+    want = portable_attention(q, k, v, [layout], [0, 1, 2, 3], template, scale=0.2)
+    request.getfixturevalue("unfused")
+    with torch.autocast("cpu"):  # which would round every score
+        got = portable_attention(q, k, v, [layout], [0, 1, 2, 3], template, scale=0.2)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
+
+
+SMALL = Layout(500, 0, 500, np.array([(4, 5, 158, 159), (160, 161, 322, 323), (323, 324, 490, 491)]))
+# The short ones share calls.
+TINY = Layout(300, 0, 300, np.array([(4, 5, 158, 159), *((s, s + 1, s + 19, s + 20) for s in range(165, 290, 21))]))
+# Of these calls share rows: some see earlier ones of the image, or only text far before it.
+LONG = Layout(1900, 4, 1897, np.array([(5, 6, 1880, 1881)]))
+LATE = Layout(1850, 0, 1850, np.array([(3, 4, 20, 21), (800, 800, 1824, 1824)]))  # no delimiters, as of a video
 
 
 @pytest.mark.parametrize("trained", ["qkv", "qv", "k", "v"])
 def test_gradients_are_those_of_plain_attention(trained):
-    """Of several images whose keys are joined one after another, whichever of the projections are trained."""
-    layout = Layout(500, 0, 500, np.array([(4, 5, 158, 159), (160, 161, 322, 323), (323, 324, 490, 491)]))
-    template, categories = SinkTemplate(local_block=64), [3, 1, 2, 0]
-    q, k, v = draw_inputs(3, 1, 4, 2, 500, 500, 16, torch.float64)
-    masks = torch.from_numpy(np.stack([category_mask(layout, Category(c), template) for c in categories]))
+    """Whichever of the projections are trained."""
+    check_gradients(SMALL, trained=trained)
+
+
+@pytest.mark.parametrize("window", [None, 100], ids=["full", "window100"])
+@pytest.mark.parametrize("layout", [SMALL, TINY], ids=["small", "tiny"])
+@pytest.mark.parametrize("how", ["both_ways", "chunk", "unfused"])
+def test_gradients_of_every_kind_of_call(layout, window, how, request):
+    if how == "unfused":
+        request.getfixturevalue("unfused")
+    layout = replace(layout, bidirectional=how == "both_ways")
+    check_gradients(layout, window=window, q_start=100 if how == "chunk" else 0)
+
+
+@pytest.mark.parametrize("layout", [LONG, LATE], ids=["long", "late"])
+def test_gradients_of_images_of_several_chunks(layout):
+    check_gradients(layout)
+
+
+def check_gradients(layout: Layout, *, trained: str = "qkv", window: int | None = None, q_start: int = 0) -> None:
+    """Against autograd's own through a masked softmax, for heads of all categories, in a batch with an empty row."""
+    n, template, categories = layout.n_tokens, SinkTemplate(local_block=64), [3, 1, 2, 0]
+    q, k, v = draw_inputs(3, 2, 4, 2, n - q_start, n, 16, torch.float64)
+    rows = [Layout(n, n, n, np.zeros((0, 4), int), layout.bidirectional), layout]
+    masks = np.stack([category_mask(layout, Category(c), template, window=window) for c in categories])[:, q_start:]
     leaves = [x.requires_grad_() for name, x in zip("qkv", (q, k, v), strict=True) if name in trained]
-    out, _ = portable_attention(q, k, v, [layout], categories, template, scale=0.25)
-    got = torch.autograd.grad(out.square().sum(), leaves)
-    k4, v4 = (x.repeat_interleave(2, dim=1) for x in (k, v))
-    plain = (q @ k4.transpose(2, 3) * 0.25).masked_fill(~masks, -torch.inf).softmax(-1) @ v4
-    for a, b in zip(got, torch.autograd.grad(plain.square().sum(), leaves), strict=True):
+    out, lse = portable_attention(q, k, v, rows, categories, template, scale=0.25, window=window, q_start=q_start)
+    assert not lse.requires_grad
+    got = torch.autograd.grad(out.square().sum() + out.sum(), leaves)
+    k4, v4 = (x[1:].repeat_interleave(2, dim=1) for x in (k, v))
+    scores = (q[1:] @ k4.transpose(2, 3) * 0.25).masked_fill(~torch.from_numpy(masks), -torch.inf)
+    weights = scores.softmax(-1).masked_fill(~torch.from_numpy(masks), 0)  # rows of padding see nothing
+    plain = weights @ v4
+    for a, b in zip(got, torch.autograd.grad(plain.square().sum() + plain.sum(), leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
