@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from interpreted import worker
 from interpreted_models import compiled
-from tiny_models import make_ids, make_inputs, make_model, mixed_profile, patch
+from tiny_models import IMAGE, VIDEO, make_ids, make_inputs, make_model, mixed_profile, patch
 from torch_blindsight.attention import announce, prefill_op
 
 pytestmark = pytest.mark.filterwarnings(
@@ -55,6 +56,30 @@ def test_a_patched_model_may_be_compiled_as_a_whole():
         for x, logits in zip(inputs, want, strict=True):
             torch.testing.assert_close(whole(**x).logits, logits, rtol=0, atol=1e-5)
         assert handle.report()["forwards"] == {"sparse": 2, "dense: fewer than two images": 2}
+
+
+@pytest.mark.parametrize(
+    ("device", "options"),
+    [
+        ("cpu", {"compile_config": CompileConfig(backend="eager", mode=None)}),
+        pytest.param("cuda", {}, marks=pytest.mark.gpu),  # inductor and CUDA graphs, transformers' default there
+    ],
+)
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+def test_generate_on_a_static_cache_compiles_its_decode_steps(device, options):
+    """The prefill before them is sparse, and is not compiled."""
+    model = make_model("qwen2_5_vl", n_layers=2).to(device)
+    inputs = {name: x.to(device) for name, x in make_inputs("qwen2_5_vl", [make_ids(3), make_ids(2)]).items()}
+    if options:
+        options["compile_config"]._compile_all_devices = True
+    greedy = dict(max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    greedy["suppress_tokens"] = [IMAGE, VIDEO]
+    with torch.no_grad(), patch(model, mixed_profile(model)) as handle:
+        want = model.generate(**inputs, **greedy).logits
+        got = model.generate(**inputs, **greedy, **options, cache_implementation="static").logits
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+        assert handle.report()["forwards"] == {"sparse": 2, "dense: decode step": 10}
+    assert hasattr(model, "_compiled_call")
 
 
 def test_triton():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from shared_profiles import Category, SinkTemplate
 from shared_profiles.profile import Profile
@@ -78,10 +78,11 @@ class Pieces:
         self.model, self.inputs, self.pictures = model, inputs, pictures
         self.positions = positions_of(model, inputs)
 
-    def run(self, *borders):
+    def run(self, *borders, cache=None):
         """Logits of the whole prompt, `[N, V]`, computed in pieces that end at the borders."""
         ids, mask = self.inputs["input_ids"], self.inputs["attention_mask"]
-        cache, done, out = DynamicCache(config=self.model.config), 0, []
+        done, out = 0, []
+        cache = cache or DynamicCache(config=self.model.config)
         for stop in (*borders, ids.shape[1]):
             piece = dict(input_ids=ids[:, done:stop], attention_mask=mask[:, :stop], past_key_values=cache)
             piece["position_ids"] = self.positions[..., done:stop]
@@ -163,12 +164,47 @@ def test_sampling_and_beams(model, family, profile, options):
 
 
 @family_names
-def test_a_static_cache_runs_dense(model, family, profile):
-    inputs = one_prompt(family)
-    want = write(model, inputs, 8)
+@pytest.mark.parametrize("lengths", [[3], [3, 2]], ids=["alone", "padded"])
+def test_a_static_cache(model, family, profile, lengths):
+    """Its masks are made before the forward; of a padded batch they are 4-D."""
+    inputs = in_double(make_inputs(family, [make_ids(n) for n in lengths]))
     with patch(model, profile) as handle:
+        want = write(model, inputs, 8)
         assert torch.equal(write(model, inputs, 8, cache_implementation="static"), want)
-        assert handle.report()["forwards"] == {"dense: static cache": 1, "dense: decode step": 7}
+        assert handle.report()["forwards"] == {"sparse": 2, "dense: decode step": 14}
+
+
+@family_names
+def test_pieces_on_a_static_cache(model, family, profile):
+    """Which gives more keys than there are tokens, and for sliding layers the last ones only."""
+    inputs = one_prompt(family, 5, text=4)
+    pieces, n = Pieces(model, inputs), inputs["input_ids"].shape[1]
+    image = IMAGE_TOKENS + 2 + 4
+    with patch(model, profile) as handle:
+        want = model(**inputs).logits[0]
+        for borders in ([], [5 + 2 * image - 2], [3, 5 + 3 * image - 1, 5 + 5 * image - 3]):
+            cache = StaticCache(config=model.config, max_cache_len=n + 9)
+            torch.testing.assert_close(pieces.run(*borders, cache=cache), want, **EXACT)
+        assert handle.report()["forwards"]["sparse"] == 6
+
+
+def test_a_static_cache_that_somebody_wrote_to_is_unknown():
+    """Its storage stays the same, whatever it holds."""
+    model, inputs = double_model("qwen2_vl"), one_prompt("qwen2_vl", 4)
+    pieces, ids = Pieces(model, inputs), inputs["input_ids"]
+    border = int((ids[0] == END).nonzero()[1]) + 1
+    cache = StaticCache(config=model.config, max_cache_len=200)
+
+    def piece(start, stop):
+        new = dict(input_ids=ids[:, start:stop], position_ids=pieces.positions[..., start:stop])
+        n_before, n = (int((ids[0, :end] == START).sum()) for end in (start, stop))
+        return model(**new, **pieces._pictures(n_before, n), past_key_values=cache)
+
+    with patch(model, mixed_profile(model)) as handle:
+        piece(0, border)
+        cache.layers[0].keys.neg_()
+        piece(border, ids.shape[1])
+        assert handle.report()["forwards"] == {"sparse": 1, "dense: tokens in the cache are unknown": 1}
 
 
 @family_names

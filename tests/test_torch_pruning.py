@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, StaticCache
 
 from shared_profiles import Category, Layout, category_mask
 from shared_profiles.profile import Profile
@@ -332,6 +332,7 @@ def test_refusals():
         ("training mode, or labels", prompt | dict(labels=prompt["input_ids"])),
         ("logits_to_keep as a tensor", prompt | dict(logits_to_keep=torch.tensor([n - 1]))),
         ("a cache that keeps sliding layers whole", prompt | dict(past_key_values=whole_cache)),
+        ("a static cache", prompt | dict(past_key_values=StaticCache(model.config, max_cache_len=n))),
         ("embeddings instead of input_ids", dict(inputs_embeds=torch.zeros(1, 4, 64, dtype=torch.float64))),
         ("attention_mask is not", prompt | dict(attention_mask=torch.ones(1, 1, n, n, dtype=torch.bool))),
     ]

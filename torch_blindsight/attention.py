@@ -11,7 +11,7 @@ the compiled graph knows nothing of layouts or profiles, and one graph serves ev
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -222,12 +222,30 @@ def blindsight_mask(*args, config: PreTrainedConfig, **kwargs) -> Tensor | None:
     """No mask for a prefill that BlindSight computes, transformers' SDPA mask for any other forward."""
     kwargs["config"] = config
     if _runs_dense(config.get_text_config()):
-        return sdpa_mask(*args, **kwargs)
+        mask = sdpa_mask(*args, **kwargs)
+        if mask is not None and not torch.compiler.is_compiling():
+            # `generate` makes a static cache's masks before the forward, which needs to know the padding in them.
+            mask._blindsight_made_of = kwargs.get("attention_mask")
+        return mask
     if not torch.compiler.is_compiling() and current_prefill.get().layers:  # type: ignore[union-attr]
         # Masks come before layers: that forward was interrupted, and this one did not come through the patched model.
         announce(None)
         return sdpa_mask(*args, **kwargs)
     return None
+
+
+def made_of(mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | Mapping[str, Tensor] | None:
+    """The padding mask `[B, N]` or None that `blindsight_mask` made this of, for one kind of layers or for each.
+
+    The mask itself where it is none of those.
+    """
+    parts = [part for part in (mask.values() if isinstance(mask, Mapping) else [mask]) if part is not None]
+    if not parts:  # plain causal, for which SDPA needs no mask
+        return None
+    if not all(hasattr(part, "_blindsight_made_of") for part in parts):
+        return mask
+    padding: Tensor | None = parts[0]._blindsight_made_of  # type: ignore[attr-defined]
+    return padding
 
 
 def register() -> None:

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from shared_profiles import Family, Layout, SpecialTokens
 from shared_profiles.layout import NO_IMAGE_TOKENS, why_dense
+from torch_blindsight.attention import made_of
 
 
 class Dense(Exception):
@@ -56,11 +57,11 @@ class Chunk:
 
 @dataclass
 class _Known:
-    """What is behind a cache: its tokens, how many, and the storage of its first layer's keys when they were noted."""
+    """What is behind a cache: its tokens, how many, and the state of its first layer's keys when they were noted."""
 
     chunks: list[Chunk]
     length: int
-    keys: tuple[StorageWeakRef, ...]
+    keys: tuple[object, ...]
 
     def crop(self, length: int) -> None:
         """Drops what follows the first `length` tokens."""
@@ -87,7 +88,7 @@ class TokenHistory:
         return TokenHistory, ()
 
     def check(self, cache: Any) -> None:
-        """Forgets a cache whose rows somebody reordered, repeated or selected since; cropping changes no storage."""
+        """Forgets a cache that somebody wrote to since, or whose rows they reordered; cropping does neither."""
         known = self._known.get(cache) if cache is not None else None
         if known is not None and known.keys != _keys_of(cache):
             del self._known[cache]
@@ -116,10 +117,12 @@ class TokenHistory:
         return known
 
 
-def _keys_of(cache: Any) -> tuple[StorageWeakRef, ...]:
-    """The storage of the first layer's keys; none for a cache that does not show them."""
+def _keys_of(cache: Any) -> tuple[object, ...]:
+    """The storage of the first layer's keys, and how often it was written to; none for a cache that hides them."""
     keys = getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
-    return () if keys is None else (StorageWeakRef(keys.untyped_storage()),)
+    if keys is None:
+        return ()
+    return StorageWeakRef(keys.untyped_storage()), None if keys.is_inference() else keys._version
 
 
 def read_layouts(
@@ -146,11 +149,9 @@ def read_layouts(
     past = int(cache.get_seq_length()) if cache is not None else 0
     if ids.shape[1] == 1:
         raise Dense("decode step")
-    if getattr(cache, "is_compileable", False):
-        raise Dense("static cache")
     if _packed(arguments):
         raise Dense("several sequences in one row")
-    mask = arguments.get("attention_mask")
+    mask = made_of(arguments.get("attention_mask"))
     if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + ids.shape[1]):
         raise Dense("attention_mask is not [batch, tokens]")
     if past and not holds_pictures(ids, special):

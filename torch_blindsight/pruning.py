@@ -179,6 +179,7 @@ class Pruning:
             "training mode, or labels": training or labels is not None,
             "logits_to_keep as a tensor": isinstance(rows, Tensor),
             "a compiled language model": compiled,
+            "a static cache": getattr(cache, "is_compileable", False),
             "a cache that keeps sliding layers whole; use DynamicCache(config=model.config)": cache is not None
             and slides != [w is not None for w in self._info.windows]
             and any(self._info.windows),
