@@ -12,7 +12,7 @@ import torch
 from blindsight_cli.smallvlm import build, evaluate
 from shared_profiles import SPARSE, Category, Layout, SinkTemplate, category_mask
 from torch_blindsight.models import inspect_model
-from torch_blindsight.prompts import TokenHistory, read_layouts
+from torch_blindsight.prompts import read_layouts
 from tree_scripts import ROOT
 
 video, video_page = (import_module(f"blindsight_study.{name}") for name in ("video", "video_page"))
@@ -27,7 +27,7 @@ def test_forms():
     info, found = inspect_model(model), {}
     for form in video.FORMS:
         inputs = video.to_inputs(processor, puzzles, form)
-        layouts, _ = read_layouts(inputs, info.family, info.special, TokenHistory())
+        layouts, _ = read_layouts(inputs, info.family, info.special)
         found[form] = layouts[0], model(**inputs).logits[:, -1]
         assert all(layout.n_images == _N for layout in layouts)
     assert found["films"][0] == found["pictures"][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -360,7 +361,7 @@ def test_delimiters_that_somebody_wrote_are_text(model, family, profile):
 
 @family_names
 def test_caches_that_were_changed_between_forwards(model, family, profile):
-    """Cropped: still known. Repeated, reordered or copied: not known any more, so dense, and counted."""
+    """Cropped or copied: still known. Repeated, reordered or pickled: not known any more, so dense, and counted."""
     inputs = one_prompt(family, 2)
     positions = positions_of(model, inputs)
     more = one_prompt(family, 1, seed=9)["input_ids"][:, 1:]
@@ -383,12 +384,23 @@ def test_caches_that_were_changed_between_forwards(model, family, profile):
         want = [next_turn(cache), next_turn(cache)]
         cache.crop(-2 * more.shape[1])
         assert cache.get_seq_length() == inputs["input_ids"].shape[1]
-        for logits in want:
-            torch.testing.assert_close(next_turn(cache), logits, **EXACT)
-        assert handle.report()["forwards"] == {"sparse": 5}
+        copies = copy.deepcopy(cache), copy.deepcopy(cache)  # two conversations after one beginning
+        for each in (cache, *copies):
+            for logits in want:
+                torch.testing.assert_close(next_turn(each), logits, **EXACT)
+        assert handle.report()["forwards"] == {"sparse": 9}
+
+    def changed(cache):
+        cache.layers[0].keys.neg_()
+        return copy.deepcopy(cache)
 
     reordered = lambda c: c.reorder_cache(torch.tensor([0]))  # noqa: E731
-    for change, rows in ((lambda c: c.batch_repeat_interleave(2), 2), (reordered, 1), (copy.deepcopy, 1)):
+    pickled = lambda c: pickle.loads(pickle.dumps(c))  # noqa: E731
+    copied = lambda c: reordered(c := copy.deepcopy(c)) or c  # noqa: E731
+    for change, rows in (
+        (lambda c: c.batch_repeat_interleave(2), 2),
+        *((x, 1) for x in (reordered, pickled, copied, changed)),
+    ):
         results = []
         with patch(model, profile) as handle:
             cache = first_turn()

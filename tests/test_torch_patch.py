@@ -29,7 +29,7 @@ from tiny_models import (
 )
 from torch_blindsight import fingerprint
 from torch_blindsight.models import inspect_model
-from torch_blindsight.prompts import TokenHistory, read_layouts
+from torch_blindsight.prompts import read_layouts
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -287,11 +287,11 @@ def test_frame_groups_of_a_video_are_images(model, family):
     inputs = in_double(make_video_inputs([3, 1]))
     info = inspect_model(model)
     groups = [(3, 4, 20, 20), (20, 20, 36, 36), (36, 36, 52, 53), (55, 56, 72, 73)]
-    by_grid, _ = read_layouts(inputs, info.family, info.special, TokenHistory())
+    by_grid, _ = read_layouts(inputs, info.family, info.special)
     assert by_grid[0].images.tolist() == list(map(list, groups))
 
     without_grid = dict(input_ids=inputs["input_ids"], position_ids=positions_of(model, inputs))
-    by_position, _ = read_layouts(without_grid, info.family, info.special, TokenHistory())
+    by_position, _ = read_layouts(without_grid, info.family, info.special)
     assert by_position == by_grid
 
     want = real_logits(model, inputs)

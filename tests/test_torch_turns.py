@@ -21,8 +21,9 @@ from tiny_models import (
     patch,
     positions_of,
 )
+from torch_blindsight import prompts
 from torch_blindsight.models import inspect_model
-from torch_blindsight.prompts import Chunk, Dense, TokenHistory, read_layouts
+from torch_blindsight.prompts import Chunk, Dense, note_tokens, read_layouts
 
 
 @pytest.fixture(autouse=True)
@@ -124,14 +125,14 @@ def test_a_server_may_write_its_next_prompt_into_the_same_tensors(family):
     assert torch.equal(*results)
 
 
-def test_tokens_that_an_assistant_proposes_do_not_read_the_whole_cache():
+def test_tokens_that_an_assistant_proposes_do_not_read_the_whole_cache(monkeypatch):
     """Thousands of candidates follow one prompt; most are thrown away again."""
-    cache, history = DynamicCache(), TokenHistory()
+    cache = DynamicCache()
     keys = torch.zeros(1, 1, 1000, 1)
     cache.update(keys, keys, 0)
-    history.record(cache, 0, Chunk(torch.tensor([make_ids(30)[:1000]])))
-    history.before = None  # whoever calls it fails
+    note_tokens(cache, 0, Chunk(torch.tensor([make_ids(30)[:1000]])))
+    monkeypatch.setattr(prompts, "tokens_before", None)  # whoever calls it fails
     special = inspect_model(make_model("qwen2_vl")).special
     arguments = dict(input_ids=torch.tensor([[20, 21, 22]]), past_key_values=cache)
     with pytest.raises(Dense, match="no image tokens among the queries"):
-        read_layouts(arguments, FAMILIES["qwen2_vl"], special, history)
+        read_layouts(arguments, FAMILIES["qwen2_vl"], special)

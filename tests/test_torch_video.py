@@ -21,7 +21,7 @@ from tiny_models import (
 )
 from tiny_videos import ROWS, make_film_inputs
 from torch_blindsight.models import inspect_model
-from torch_blindsight.prompts import Chunk, Dense, TokenHistory, read_layouts
+from torch_blindsight.prompts import Chunk, Dense, note_tokens, read_layouts
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -29,9 +29,9 @@ EXACT = dict(rtol=0, atol=1e-9)
 _PICTURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 
 
-def layouts_of(model, arguments, history=None):
+def layouts_of(model, arguments):
     info = inspect_model(model)
-    return read_layouts(arguments, info.family, info.special, history or TokenHistory())[0]
+    return read_layouts(arguments, info.family, info.special)[0]
 
 
 @qwens
@@ -87,16 +87,16 @@ def test_frames_behind_a_cropped_cache():
     more = dict(input_ids=torch.tensor([[20, START, IMAGE, IMAGE, END]]))
     cache = FakeCache(ids.shape[1])
     for chunk in (Chunk(ids, grids), Chunk(ids, None, positions)):
-        cache.length, history = ids.shape[1], TokenHistory()
-        history.record(cache, 0, chunk)
-        assert layouts_of(model, more | dict(past_key_values=cache), history)[0].images.tolist()[:-1] == images
+        cache.length = ids.shape[1]
+        note_tokens(cache, 0, chunk)
+        assert layouts_of(model, more | dict(past_key_values=cache))[0].images.tolist()[:-1] == images
         cache.length = 56  # the second video is gone
-        history.record(cache, 54, Chunk(ids[:, 53:55]))
+        note_tokens(cache, 54, Chunk(ids[:, 53:55]))
         if chunk.positions is None:
             with pytest.raises(Dense, match="frames of a video are unknown"):
-                layouts_of(model, more | dict(past_key_values=cache), history)
+                layouts_of(model, more | dict(past_key_values=cache))
         else:
-            assert layouts_of(model, more | dict(past_key_values=cache), history)[0].images.tolist()[:-1] == images[:3]
+            assert layouts_of(model, more | dict(past_key_values=cache))[0].images.tolist()[:-1] == images[:3]
 
 
 def test_a_video_that_the_padding_follows_is_cut():

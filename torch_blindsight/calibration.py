@@ -34,7 +34,7 @@ from torch_blindsight.models import PACKAGES, ModelInfo, fingerprint, inspect_mo
 from torch_blindsight.observe import ObserveMode, Observer
 from torch_blindsight.patching import HANDLE, Handle
 from torch_blindsight.processes import joined_processes
-from torch_blindsight.prompts import Dense, TokenHistory, read_layouts
+from torch_blindsight.prompts import Dense, read_layouts
 from torch_blindsight.residual import ResidualStream
 from torch_blindsight.sinks import SinkMode, observing, read_sinks
 
@@ -203,7 +203,7 @@ def _given(model: nn.Module, info: ModelInfo, prompts: Iterable[Mapping[str, Any
 def _n_images(prompt: Mapping[str, Any], info: ModelInfo) -> int:
     """Images of a prompt, 0 where it is none that runs sparse; a malformed one is a ValueError."""
     try:
-        return read_layouts(prompt, info.family, info.special, TokenHistory())[0][0].n_images
+        return read_layouts(prompt, info.family, info.special)[0][0].n_images
     except Dense:
         return 0
 

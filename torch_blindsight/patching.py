@@ -32,7 +32,7 @@ from torch_blindsight.freeze import Freezer
 from torch_blindsight.implementations import Implementation, Name, attention_devices, implementation
 from torch_blindsight.models import ModelInfo, checkpoint_folder, fingerprint, inspect_model
 from torch_blindsight.modes import Mode, SparseMode
-from torch_blindsight.prompts import Chunk, Dense, TokenHistory, read_layouts, worth_it
+from torch_blindsight.prompts import Chunk, Dense, forget_changed, note_tokens, read_layouts, worth_it
 from torch_blindsight.pruning import REFUSAL, PrunedPrefill, Pruner, Pruning
 from torch_blindsight.tensor_parallel import require_agreement
 
@@ -86,7 +86,6 @@ class Handle:
         self.asked: tuple | None = None
         self.kept: np.ndarray | None = None
         self._pruning = None if pruner is None else Pruning(model, info, pruner)
-        self._history = TokenHistory()
         self._counts: Counter[str] = Counter()
         self._signature = inspect.signature(model.forward)
         config: Any = model.config
@@ -183,7 +182,7 @@ class Handle:
         self._refuse(arguments)
         cache = arguments.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
-        self._history.check(cache)
+        forget_changed(cache)
         must_prune = self._pruning is not None and self._pruning.must_prune(arguments, module.training)
         prefill = None
         try:
@@ -205,7 +204,7 @@ class Handle:
         """What to count a forward as, and how it is computed; raises `Dense` where by transformers' own SDPA."""
         if training or any(attention.training for attention in self.info.attentions):
             raise Dense("training mode")
-        layouts, q_start = read_layouts(arguments, self.info.family, self.info.special, self._history)
+        layouts, q_start = read_layouts(arguments, self.info.family, self.info.special)
         if self._pruning is not None and isinstance(self.mode, SparseMode) and layouts[0].n_images:
             return self._pruning.prefill(layouts[0], self.mode, arguments)
         worth_it(layouts, q_start)
@@ -270,7 +269,7 @@ class Handle:
             self._pruning.after(prefill, cache)
             self.kept = prefill.kept
         elif cache is not None and arguments.get("input_ids") is not None:
-            self._history.record(cache, forward.past, Chunk.of(arguments))
+            note_tokens(cache, forward.past, Chunk.of(arguments))
 
     def _refuse(self, arguments: dict[str, Any]) -> None:
         """Refuses what would be silently wrong under a patch."""

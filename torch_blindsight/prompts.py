@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, ref
 
 import numpy as np
 import torch
@@ -55,10 +55,19 @@ class Chunk:
         return Chunk(self.ids[:, :n], None, None if self.positions is None else self.positions[..., :n])
 
 
+_KNOWN = (
+    "_blindsight_tokens"  # the attribute of a cache that holds its `_Known`; deep copies of the cache have their own
+)
+
+
 @dataclass
 class _Known:
-    """What is behind a cache: its tokens, how many, and the state of its first layer's keys when they were noted."""
+    """What is behind a cache: its tokens, how many, and the state of its first layer's keys when they were noted.
 
+    Tokens stay on their device, so decode steps cost an append and no synchronization.
+    """
+
+    cache: ReferenceType[Any]
     chunks: list[Chunk]
     length: int
     keys: tuple[object, ...]
@@ -72,68 +81,70 @@ class _Known:
                 self.chunks.append(last.cut(length - self.length))
                 self.length = length
 
-
-class TokenHistory:
-    """The tokens behind each cache, so that a chunk or a second turn knows the images and frames before it.
-
-    They stay on their device, so decode steps cost an append and no synchronization. Call `check` before each forward
-    and `record` after it.
-    """
-
-    def __init__(self) -> None:
-        self._known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
-
-    def __reduce__(self) -> tuple[type[TokenHistory], tuple[()]]:
-        """A copy, in a pickle too, knows no cache."""
-        return TokenHistory, ()
-
-    def check(self, cache: Any) -> None:
-        """Forgets a cache that somebody wrote to since, or whose rows they reordered; cropping does neither."""
-        known = self._known.get(cache) if cache is not None else None
-        if known is not None and known.keys != _keys_of(cache):
-            del self._known[cache]
-
-    def before(self, cache: Any, length: int) -> list[Chunk] | None:
-        """The first `length` tokens of the cache, all that it holds; None where they did not all pass through here."""
-        known = self._of(cache, length)
-        return None if known is None else known.chunks
-
-    def record(self, cache: Any, length: int, chunk: Chunk) -> None:
-        """Notes that a chunk now follows the first `length` tokens of the cache."""
-        known = self._of(cache, length) if length else _Known([], 0, ())
-        if known is None or (length and len(known.chunks[0].ids) != len(chunk.ids)):  # rows were repeated or selected
-            self._known.pop(cache, None)
-            return
-        known.chunks.append(chunk.clone())  # a server may write its next prompt into the same tensors
-        known.length, known.keys = length + chunk.ids.shape[1], _keys_of(cache)
-        self._known[cache] = known
-
-    def _of(self, cache: Any, length: int) -> _Known | None:
-        """What is behind a cache that has this length now; None where something of it is unknown."""
-        known = self._known.get(cache)
-        if known is None or known.length < length:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Known | None:
+        """The copied cache's own, of the keys that were copied with it; None where those are not the ones noted."""
+        cache = self.cache()
+        copied = memo.get(id(cache))
+        if copied is None or self.keys != _state_of(_keys_of(cache)):
             return None
-        known.crop(length)
-        return known
+        return _Known(ref(copied), list(self.chunks), self.length, _state_of(memo.get(id(_keys_of(cache)))))
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None in a pickle: it cannot be told whose keys it came with."""
+        return type(None), ()
 
 
-def _keys_of(cache: Any) -> tuple[object, ...]:
-    """The storage of the first layer's keys, and how often it was written to; none for a cache that hides them."""
-    keys = getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
+def forget_changed(cache: Any) -> None:
+    """Before a forward: forgets a cache that somebody wrote to, or whose rows they reordered; cropping does neither."""
+    known: _Known | None = getattr(cache, _KNOWN, None)
+    if known is not None and known.keys != _state_of(_keys_of(cache)):
+        setattr(cache, _KNOWN, None)
+
+
+def tokens_before(cache: Any, length: int) -> list[Chunk] | None:
+    """The first `length` tokens of the cache, all that it holds; None where they did not all come through a patch."""
+    known = _known(cache, length)
+    return None if known is None else known.chunks
+
+
+def note_tokens(cache: Any, length: int, chunk: Chunk) -> None:
+    """After a forward: notes that a chunk now follows the first `length` tokens of the cache."""
+    known = _known(cache, length) if length else _Known(ref(cache), [], 0, ())
+    if known is None or (length and len(known.chunks[0].ids) != len(chunk.ids)):  # rows were repeated or selected
+        setattr(cache, _KNOWN, None)
+        return
+    known.chunks.append(chunk.clone())  # a server may write its next prompt into the same tensors
+    known.length, known.keys = length + chunk.ids.shape[1], _state_of(_keys_of(cache))
+    setattr(cache, _KNOWN, known)
+
+
+def _known(cache: Any, length: int) -> _Known | None:
+    """What is behind a cache that has this length now; None where something of it is unknown."""
+    known: _Known | None = getattr(cache, _KNOWN, None)
+    if known is None or known.length < length:
+        return None
+    known.crop(length)
+    return known
+
+
+def _keys_of(cache: Any) -> Tensor | None:
+    """The first layer's keys; None of a cache that does not show them."""
+    return getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
+
+
+def _state_of(keys: Tensor | None) -> tuple[object, ...]:
+    """The storage of keys, and how often it was written to."""
     if keys is None:
         return ()
     return StorageWeakRef(keys.untyped_storage()), None if keys.is_inference() else keys._version
 
 
-def read_layouts(
-    arguments: Mapping[str, Any], family: Family, special: SpecialTokens, history: TokenHistory
-) -> tuple[list[Layout], int]:
+def read_layouts(arguments: Mapping[str, Any], family: Family, special: SpecialTokens) -> tuple[list[Layout], int]:
     """The layouts of a forward and the position of its first query.
 
     Args:
         arguments: the forward's arguments by name.
         family, special: how the model marks images.
-        history: the ids behind its cache.
 
     Returns:
         One layout per batch row, covering cache and new tokens, and the number of tokens in the cache.
@@ -159,7 +170,7 @@ def read_layouts(
         raise Dense(NO_IMAGE_TOKENS)
     chunks = [Chunk.of(arguments)]
     if past:
-        before = history.before(cache, past)
+        before = tokens_before(cache, past)
         if not before or len(before[0].ids) != len(ids):
             raise Dense("tokens in the cache are unknown")
         chunks = [*before, *chunks]

@@ -32,7 +32,7 @@ from shared_profiles.profile import Profile
 from shared_profiles.sink_statistics import SinkMass
 from shared_profiles.summary import Summary
 from torch_blindsight.models import inspect_model
-from torch_blindsight.prompts import TokenHistory, read_layouts
+from torch_blindsight.prompts import read_layouts
 from torch_blindsight.sinks import measure_sinks
 
 FORMS = ("pictures", "films", "unnumbered", "film")
@@ -106,7 +106,7 @@ class VideoStudy:
         return Asked(batches, self._run(batches, None), expected, layouts)
 
     def _layouts(self, batch: dict[str, Tensor]) -> list[Layout]:
-        return read_layouts(batch, self._info.family, self._info.special, TokenHistory())[0]
+        return read_layouts(batch, self._info.family, self._info.special)[0]
 
     def _run(self, batches: Sequence[dict[str, Tensor]], profile: Profile | None) -> np.ndarray:
         found, ran = zip(*(self.backend.next_token(batch, profile) for batch in batches), strict=True)
