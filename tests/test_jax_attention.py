@@ -94,7 +94,7 @@ def test_long_text_long_images_and_many_sinks(q_start, window, bidirectional):
     images = np.array([(130, 131, 331, 332), (333, 334, 434, 435), (435, 436, 836, 837)])
     n = 836 + 2 * GATHERED_ROWS  # the last run is just long enough for tiles of its own
     layout = Layout(n, 0, n, images, bidirectional)
-    template = SinkTemplate(local_block=96)
+    template = SinkTemplate(local_block=136)  # no multiple of the rows of a tile, nor they of it
     inputs = draw_inputs(2, 1, 4, 2, n - q_start, n, DIM)
     check([layout], ALL, template, inputs, window=window, q_start=q_start, n_queries=960, n_keys=960)
 
