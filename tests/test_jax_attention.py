@@ -278,6 +278,32 @@ def test_dense_heads_lower_to_cudnn_on_cuda(cuda, impl):
             assert "cudnn$fmha" not in text(**other), other
 
 
+def test_dense_heads_that_cudnn_computes_are_those_of_the_portable_attention(cuda, monkeypatch):
+    """With XLA's plain attention in cuDNN's place: which heads, keys and rows it is given, and where results go."""
+    plain, calls = jax.nn.dot_product_attention, []
+
+    def vendor(*arrays, scale, is_causal, implementation):
+        calls.append((arrays[0].shape, implementation))
+        wide = (x.astype(jnp.float32) for x in arrays)
+        return plain(*wide, scale=scale, is_causal=is_causal).astype(arrays[0].dtype)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", vendor)
+    monkeypatch.setattr(attention.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
+    images = np.array([(5, 6, 40, 41), (50, 51, 90, 91)])
+    layouts = [Layout(120, 0, stop, images) for stop in (120, 97)]
+    inputs = draw_inputs(4, 2, 4, 2, 120, 120, 24)
+    inputs = [np.asarray(jnp.asarray(x, jnp.float16), np.float64) for x in inputs]
+    arrays = [jnp.asarray(padded(x, n, np.nan), jnp.float16) for x, n in zip(inputs, (128, 256, 256), strict=True)]
+    work = attention_work(layouts, SinkTemplate(local_block=16), n_queries=128, n_keys=256)
+    categories = (0, 3, 1, 0)
+    options = dict(categories=categories, window=None, scale=0.2, bidirectional=False)
+    out, none = attend(*arrays, work, lse=False, **options)
+    assert none is None and calls == [((2, 128, 2, 24), "cudnn")]
+    want, _ = reference_attention(*inputs, layouts, categories, SinkTemplate(local_block=16), scale=0.2)
+    np.testing.assert_allclose(np.asarray(out)[:, :120].swapaxes(1, 2), want, rtol=0, atol=4e-3)
+    assert not out[:, 120:].any() and not out[1, 97:].any()
+
+
 @pytest.mark.parametrize("impl", ["portable", "pallas"])
 @pytest.mark.parametrize(
     ("starts", "q_start", "plain"), [((0, 0), 0, True), ((0, 7), 0, False), ((7, 7), 0, False), ((0, 0), 50, False)]

@@ -36,10 +36,36 @@ def test_a_row_of_many_images_beside_one_of_none():
     assert work.n_tiles[:, Category.SINK].tolist() == [400, 16] and work.packed.shape[2] == 2048
 
 
+def test_long_runs_of_text_between_many_images():
+    """There is room for a short tile at the end of each."""
+    begin = 64 + 66 * np.arange(64)
+    layout = Layout(64 * 66 + 64, 0, 64 * 66 + 64, np.stack([begin, begin, begin + 2, begin + 2], axis=1))
+    work = attention_work([layout], SinkTemplate(), n_queries=4352, n_keys=4352)
+    assert work.n_tiles[0, Category.SINK] == 64 + 65
+
+
 def test_a_row_that_ended_long_before_the_chunk_has_no_tiles():
     layout = Layout(400, 0, 60, even_layout(60, 30).images)
     work = attention_work([layout], SinkTemplate(), q_start=300, n_queries=128, n_keys=512)
     assert not work.n_tiles.any() and not work.n_gathered.any()
+
+
+@pytest.mark.parametrize("q_start", [0, 90])
+def test_every_row_is_in_one_tile_and_reads_no_key_before_its_window(q_start):
+    """What is computed twice, or masked again, would only take longer."""
+    images = np.array([(63, 64, 94, 95), (157, 158, 199, 200), (465, 465, 500, 500)])
+    layout = Layout(520, 3, 520, images)  # runs of 61, 64 and 266 text rows, delimiters counted
+    work = attention_work([layout], SinkTemplate(), window=50, q_start=q_start, n_queries=520, n_keys=520)
+    for category in Category:
+        tiles = work.tiles[0, category, : work.n_tiles[0, category]]
+        gathered = work.gathered[0, : work.n_gathered[0, category]]
+        rows = [
+            *(np.arange(*tile[:2]) for tile in tiles),
+            *(work.gathered_rows[0, slice(*tile[:2])] for tile in gathered),
+        ]
+        assert sorted(np.concatenate(rows)) == [*range(max(3, q_start), 520)]
+        for row, (_, _, lo, *_) in zip(rows, [*tiles, *gathered], strict=True):
+            assert lo >= row[0] - 49
 
 
 @pytest.mark.parametrize("window", [None, 300])
@@ -76,6 +102,7 @@ def test_refusals():
         make(n_keys=64)
     with pytest.raises(ValueError, match="window must be at least 1"):
         make(window=0)
+    make(window=1)
     with pytest.raises(ValueError, match=r"one bool per layout, 1\. Got 2"):
         make(dense=[True, False])
 
