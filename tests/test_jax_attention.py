@@ -295,7 +295,7 @@ def test_dense_heads_that_cudnn_computes_are_those_of_the_portable_attention(cud
     inputs = [np.asarray(jnp.asarray(x, jnp.float16), np.float64) for x in inputs]
     arrays = [jnp.asarray(padded(x, n, np.nan), jnp.float16) for x, n in zip(inputs, (128, 256, 256), strict=True)]
     work = attention_work(layouts, SinkTemplate(local_block=16), n_queries=128, n_keys=256)
-    categories = (0, 3, 1, 0)
+    categories = (3, 0, 1, 0)
     options = dict(categories=categories, window=None, scale=0.2, bidirectional=False)
     out, none = attend(*arrays, work, lse=False, **options)
     assert none is None and calls == [((2, 128, 2, 24), "cudnn")]
