@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
 
 from blindsight_kernels.reference import reference_attention
 from jax_blindsight import attention
@@ -295,13 +296,19 @@ def test_dense_heads_that_cudnn_computes_are_those_of_the_portable_attention(cud
     inputs = [np.asarray(jnp.asarray(x, jnp.float16), np.float64) for x in inputs]
     arrays = [jnp.asarray(padded(x, n, np.nan), jnp.float16) for x, n in zip(inputs, (128, 256, 256), strict=True)]
     work = attention_work(layouts, SinkTemplate(local_block=16), n_queries=128, n_keys=256)
-    categories = (3, 0, 1, 0)
-    options = dict(categories=categories, window=None, scale=0.2, bidirectional=False)
-    out, none = attend(*arrays, work, lse=False, **options)
-    assert none is None and calls == [((2, 128, 2, 24), "cudnn")]
+    categories = (3, 0, 0, 0)
     want, _ = reference_attention(*inputs, layouts, categories, SinkTemplate(local_block=16), scale=0.2)
-    np.testing.assert_allclose(np.asarray(out)[:, :120].swapaxes(1, 2), want, rtol=0, atol=4e-3)
-    assert not out[:, 120:].any() and not out[1, 97:].any()
+    for both_ways in (False, True):  # told that images look both ways, all heads are the portable attention's
+        options = dict(categories=categories, window=None, scale=0.2, bidirectional=both_ways)
+        out, none = attend(*arrays, work, lse=False, **options)
+        assert none is None and calls == [((2, 128, 3, 24), "cudnn")]
+        np.testing.assert_allclose(np.asarray(out)[:, :120].swapaxes(1, 2), want, rtol=0, atol=4e-3)
+        assert not out[:, 120:].any() and not out[1, 97:].any()
+
+
+def test_devices_have_room_for_the_most_dense_heads_of_any(cuda):
+    mesh, q = AbstractMesh((1, 2), ("data", "model")), jnp.zeros((1, 4, 128, 64), jnp.bfloat16)
+    assert attention._count_for_cudnn(q, np.array((0, 0, 3, 0)), None, False, mesh) == 2
 
 
 @pytest.mark.parametrize("impl", ["portable", "pallas"])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_blindsight.buckets import bucket
+from jax_blindsight.buckets import bucket, power_of_two
 from jax_blindsight.work import attention_work
 from shared_profiles import Category, Layout, SinkTemplate
 
@@ -113,6 +113,7 @@ def test_a_bucket_holds_n_and_wastes_less_than_an_eighth(n, minimum):
     assert size >= max(n, minimum)
     assert size == minimum or size - n < size / 8
     assert bucket(size, minimum=minimum) == size
+    assert power_of_two(n, minimum) == next(p for p in map((1).__lshift__, range(21)) if p >= max(n, minimum))
 
 
 def test_few_buckets():
