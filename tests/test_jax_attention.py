@@ -279,8 +279,9 @@ def test_dense_heads_lower_to_cudnn_on_cuda(cuda, impl):
             assert "cudnn$fmha" not in text(**other), other
 
 
-def test_dense_heads_that_cudnn_computes_are_those_of_the_portable_attention(cuda, monkeypatch):
-    """With XLA's plain attention in cuDNN's place: which heads, keys and rows it is given, and where results go."""
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_dense_heads_that_cudnn_computes_are_those_of_the_portable_attention(cuda, monkeypatch, device):
+    """With XLA's plain attention in cuDNN's place; on a CPU beside a GPU nothing is left to it."""
     plain, calls = jax.nn.dot_product_attention, []
 
     def vendor(*arrays, scale, is_causal, implementation):
@@ -289,21 +290,23 @@ def test_dense_heads_that_cudnn_computes_are_those_of_the_portable_attention(cud
         return plain(*wide, scale=scale, is_causal=is_causal).astype(arrays[0].dtype)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", vendor)
-    monkeypatch.setattr(attention.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
-    images = np.array([(5, 6, 40, 41), (50, 51, 90, 91)])
-    layouts = [Layout(120, 0, stop, images) for stop in (120, 97)]
-    inputs = draw_inputs(4, 2, 4, 2, 120, 120, 24)
-    inputs = [np.asarray(jnp.asarray(x, jnp.float16), np.float64) for x in inputs]
+    if device == "cuda":
+        monkeypatch.setattr(attention.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
+    images, template = np.array([(5, 6, 40, 41), (50, 51, 90, 91)]), SinkTemplate(local_block=16)
+    layouts, categories = [Layout(120, 0, stop, images) for stop in (120, 97)], (3, 0, 0, 0)
+    inputs = [np.float64(np.float16(x)) for x in draw_inputs(4, 2, 4, 2, 120, 120, 24)]
     arrays = [jnp.asarray(padded(x, n, np.nan), jnp.float16) for x, n in zip(inputs, (128, 256, 256), strict=True)]
-    work = attention_work(layouts, SinkTemplate(local_block=16), n_queries=128, n_keys=256)
-    categories = (3, 0, 0, 0)
-    want, _ = reference_attention(*inputs, layouts, categories, SinkTemplate(local_block=16), scale=0.2)
-    for both_ways in (False, True):  # told that images look both ways, all heads are the portable attention's
-        options = dict(categories=categories, window=None, scale=0.2, bidirectional=both_ways)
-        out, none = attend(*arrays, work, lse=False, **options)
-        assert none is None and calls == [((2, 128, 3, 24), "cudnn")]
+    work = attention_work(layouts, template, n_queries=128, n_keys=256)
+    options = dict(window=None, scale=dict(cuda=0.2, cpu=0.3)[device], lse=False)  # of each its own programs
+    want, _ = reference_attention(*inputs, layouts, categories, template, scale=options["scale"])
+    for both_ways in (True, False):  # told that images look both ways, it leaves cuDNN out
+        out, none = attend(*arrays, work, categories=categories, bidirectional=both_ways, **options)
+        assert none is None and calls == ([] if both_ways else [((2, 128, 3, 24), "cudnn")])
         np.testing.assert_allclose(np.asarray(out)[:, :120].swapaxes(1, 2), want, rtol=0, atol=4e-3)
         assert not out[:, 120:].any() and not out[1, 97:].any()
+    static = dict(spare_dense=True, mesh=None, interpret=None) | options
+    spared, _ = attention._by_category(*arrays, work, jnp.array(categories, jnp.int32), **static)
+    assert spared[:, :, 1:].any() == (device == "cpu"), "computed twice, or not at all"
 
 
 def test_devices_have_room_for_the_most_dense_heads_of_any(cuda):
@@ -367,8 +370,9 @@ def test_refusals():
     def call(q=q, k=k, v=v, work=work, categories=(3,) * 4, **options):
         return attend(q, k, v, work, categories=categories, window=None, scale=1.0, bidirectional=False, **options)
 
+    two = build_work("pallas", [layout] * 2, SinkTemplate(), head_dim=64, n_queries=128, n_keys=128)
     with pytest.raises(NotImplementedError, match=r"needs a Hopper GPU .*Got cpu on platform cpu"):
-        call(work=for_pallas)
+        call(*(jnp.repeat(x, 2, axis=0) for x in (q, k, v)), work=two)
     with pytest.raises(ValueError, match=r"built for impl='pallas'. Got a AttentionWork, which is that of 'portable'"):
         call(impl="pallas")
     with pytest.raises(ValueError, match="Got 'triton'"):

@@ -20,6 +20,7 @@ from jax_blindsight import model as jax_model
 from jax_blindsight.config import ACTIVATIONS, ModelConfig
 from jax_blindsight.decoder import Attention, DecoderLayer, rope_rotation
 from jax_blindsight.layers import GatedMLP, LayerNorm, Linear, RMSNorm, activation, inverse_frequencies
+from jax_blindsight.portable import _dot
 from jax_blindsight.positions import rope_positions
 from jax_blindsight.tower import encode_images
 from jax_blindsight.vision_inputs import prepare_vision
@@ -316,6 +317,13 @@ def test_another_family_is_refused():
 
     with pytest.raises(ValueError, match="model_type must be one of"):
         ModelConfig.from_hf(Llava())
+
+
+def test_products_of_float32_are_not_rounded_to_tf32():
+    """As a GPU would by default, and a CPU does not show."""
+    x = jax.ShapeDtypeStruct((1, 8, 8), jnp.float32)
+    for product in (lambda x: make(Linear, 8, 8, weights=dict(kernel=x[0]))(x), lambda x: _dot(x, x, 2)):
+        assert "HIGHEST" in str(jax.make_jaxpr(product)(x))
 
 
 def test_a_bias_is_added_before_rounding():
