@@ -339,6 +339,7 @@ def test_which_implementation_serves():
     half, cpu, h200 = np.dtype(jnp.bfloat16), jax.devices()[0], Device("9.0")
     assert implementation(None, [cpu], half, 128) == "portable"
     assert implementation(None, [Device("9.4", "rocm 70000")], half, 128) == "portable"
+    assert implementation(None, [h200, cpu], half, 128) == "portable"
     assert implementation(None, [h200, h200], half, 128) == implementation("pallas", [h200], half, 64) == "pallas"
     assert implementation("portable", [h200], np.dtype("float32"), 96) == "portable"
     with pytest.raises(ValueError, match=r"one of pallas, portable, or None\. Got 'triton'"):

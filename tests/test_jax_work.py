@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_blindsight.buckets import bucket, power_of_two
+from jax_blindsight.implementations import build_work
 from jax_blindsight.work import attention_work
 from shared_profiles import Category, Layout, SinkTemplate
 
@@ -87,10 +90,21 @@ def test_a_long_prompt_makes_small_tables():
     assert work.nbytes < 3 << 20
 
 
-def test_refusals():
+@pytest.mark.parametrize("n_shards", [None, 2])
+def test_the_kernels_work_knows_which_rows_are_dense(n_shards):
+    """Each shard those of its own rows."""
+    sizes = dict(head_dim=64, n_queries=128, n_keys=128, n_shards=n_shards)
+    build = partial(build_work, "pallas", [even_layout(100, 50)] * 2, SinkTemplate(), **sizes)
+    sparse, both, second = (build(dense=dense).cost for dense in (None, [True, True], [False, True]))
+    assert (np.diff(both) == 0).all() and (np.diff(sparse)[..., 0] < 0).all()
+    np.testing.assert_array_equal(second, [sparse[0], both[1]] if n_shards else (sparse + both) / 2)
+
+
+@pytest.mark.parametrize("impl", ["portable", "pallas"])
+def test_refusals(impl):
     layout = even_layout(100, 50)
-    make = lambda rows=(layout,), **more: attention_work(  # noqa: E731
-        rows, SinkTemplate(), **{"n_queries": 128, "n_keys": 128, **more}
+    make = lambda rows=(layout,), **more: build_work(  # noqa: E731
+        impl, rows, SinkTemplate(), **{"head_dim": 64, "n_queries": 128, "n_keys": 128, **more}
     )
     with pytest.raises(ValueError, match="must share n_tokens and bidirectional"):
         make(rows=(layout, even_layout(90, 45)))
