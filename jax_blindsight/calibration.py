@@ -20,6 +20,7 @@ from jax_blindsight.inputs import as_arrays
 from jax_blindsight.observe import observe, observer_of
 from jax_blindsight.params import Params
 from jax_blindsight.settings import with_own_settings
+from jax_blindsight.sharding import DATA
 from jax_blindsight.sinks import measure_sinks
 from shared_profiles import SinkTemplate, count_layer_pairs
 from shared_profiles.budget import Budget, budget_of, rankings_for, tune
@@ -89,11 +90,12 @@ def calibrate(
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
             calibrated on; budget and thresholds; a quantile or a dataset's name that cannot be; template and
             local_block; a state is of another model, template or rankings, or another run writes it; the weights were
-            changed since `load`; an unknown `impl`.
+            changed since `load`, or lie on a mesh whose data axis is more than 1; an unknown `impl`.
         NotImplementedError, ImportError: see `sparse_prefill`.
         OSError: the state cannot be written.
     """
     params.require_loaded()
+    _check_mesh(params)
     limit = budget_of(budget, thresholds)
     check_local_block(template, local_block)
     check_dataset(dataset)
@@ -120,6 +122,16 @@ def calibrate(
         made_from = make_provenance(dataset, statistics, PACKAGES, held.n_tokens)
         profile = replace(profile, provenance=made_from)
         return tune(profile, limit, partial(held, profile), held_out=dataset_hash(held.prompts))
+
+
+def _check_mesh(params: Params) -> None:
+    """Refuses a mesh that every prompt would be refused on."""
+    n = 1 if params.mesh is None else params.mesh.shape[DATA]
+    if n > 1:
+        raise ValueError(
+            f"calibrate measures prompts one at a time: the mesh's data axis must be 1. Got {n} devices. Load on a "
+            "mesh of the model axis alone; to share prompts out, calibrate on some of them each and merge the states."
+        )
 
 
 def _split(held_out: float | Iterable[Mapping[str, Any]]) -> Split[Mapping[str, Any]]:

@@ -289,7 +289,7 @@ def _qwen_text(config: Any) -> TextConfig:
 def _text(config: Any) -> dict[str, Any]:
     """The decoder's fields that every family spells alike."""
     text = config.text_config
-    if "sliding_attention" in text.layer_types and not (text.sliding_window and text.sliding_window > 0):
+    if "sliding_attention" in text.layer_types and (text.sliding_window or 0) < 1:
         raise ValueError(
             f"sliding_window must be at least 1 where layer_types has sliding_attention. Got {text.sliding_window}. "
             "Bring the config.json that belongs to the weights."

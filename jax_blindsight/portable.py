@@ -23,6 +23,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jax_blindsight.layers import precision
 from jax_blindsight.work import GATHERED_ROWS, TILE_ROWS, AttentionWork
 from shared_profiles import Category
 
@@ -156,6 +157,6 @@ def _dot(a: Array, b: Array, axis: int) -> Array:
         a,
         b,
         (((2,), (axis,)), ((0,), (0,))),
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,  # no TF32
+        precision=precision(a.dtype),
         preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
     )

@@ -11,7 +11,8 @@ import jax
 def with_own_settings[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """The function, run where shapes and dtypes broadcast, NumPy arrays may go to devices, and no mesh is set.
 
-    All of this is what JAX does by default. The mesh of a model is that of its `Params`, passed on by name.
+    All of this is what JAX does by default. Rows of padding have log-sum-exps of `-inf`, which is no mistake. The mesh
+    of a model is that of its `Params`, passed on by name.
     """
 
     @wraps(function)
@@ -20,6 +21,7 @@ def with_own_settings[**P, R](function: Callable[P, R]) -> Callable[P, R]:
             jax.numpy_rank_promotion("allow"),
             jax.numpy_dtype_promotion("standard"),
             jax.transfer_guard("allow"),
+            jax.debug_infs(False),
             jax.set_mesh(None),
         ):
             return function(*args, **kwargs)

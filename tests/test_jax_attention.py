@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
 
 from blindsight_kernels.reference import reference_attention
 from jax_blindsight import attention
@@ -94,7 +95,7 @@ def test_long_text_long_images_and_many_sinks(q_start, window, bidirectional):
     images = np.array([(130, 131, 331, 332), (333, 334, 434, 435), (435, 436, 836, 837)])
     n = 836 + 2 * GATHERED_ROWS  # the last run is just long enough for tiles of its own
     layout = Layout(n, 0, n, images, bidirectional)
-    template = SinkTemplate(local_block=96)
+    template = SinkTemplate(local_block=136)  # no multiple of the rows of a tile, nor they of it
     inputs = draw_inputs(2, 1, 4, 2, n - q_start, n, DIM)
     check([layout], ALL, template, inputs, window=window, q_start=q_start, n_queries=960, n_keys=960)
 
@@ -278,6 +279,41 @@ def test_dense_heads_lower_to_cudnn_on_cuda(cuda, impl):
             assert "cudnn$fmha" not in text(**other), other
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_dense_heads_that_cudnn_computes_are_those_of_the_portable_attention(cuda, monkeypatch, device):
+    """With XLA's plain attention in cuDNN's place; on a CPU beside a GPU nothing is left to it."""
+    plain, calls = jax.nn.dot_product_attention, []
+
+    def vendor(*arrays, scale, is_causal, implementation):
+        calls.append((arrays[0].shape, implementation))
+        wide = (x.astype(jnp.float32) for x in arrays)
+        return plain(*wide, scale=scale, is_causal=is_causal).astype(arrays[0].dtype)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", vendor)
+    if device == "cuda":
+        monkeypatch.setattr(attention.lax, "platform_dependent", lambda *arrays, cuda, default: cuda(*arrays))
+    images, template = np.array([(5, 6, 40, 41), (50, 51, 90, 91)]), SinkTemplate(local_block=16)
+    layouts, categories = [Layout(120, 0, stop, images) for stop in (120, 97)], (3, 0, 0, 0)
+    inputs = [np.float64(np.float16(x)) for x in draw_inputs(4, 2, 4, 2, 120, 120, 24)]
+    arrays = [jnp.asarray(padded(x, n, np.nan), jnp.float16) for x, n in zip(inputs, (128, 256, 256), strict=True)]
+    work = attention_work(layouts, template, n_queries=128, n_keys=256)
+    options = dict(window=None, scale=dict(cuda=0.2, cpu=0.3)[device], lse=False)  # of each its own programs
+    want, _ = reference_attention(*inputs, layouts, categories, template, scale=options["scale"])
+    for both_ways in (True, False):  # told that images look both ways, it leaves cuDNN out
+        out, none = attend(*arrays, work, categories=categories, bidirectional=both_ways, **options)
+        assert none is None and calls == ([] if both_ways else [((2, 128, 3, 24), "cudnn")])
+        np.testing.assert_allclose(np.asarray(out)[:, :120].swapaxes(1, 2), want, rtol=0, atol=4e-3)
+        assert not out[:, 120:].any() and not out[1, 97:].any()
+    static = dict(spare_dense=True, mesh=None, interpret=None) | options
+    spared, _ = attention._by_category(*arrays, work, jnp.array(categories, jnp.int32), **static)
+    assert spared[:, :, 1:].any() == (device == "cpu"), "computed twice, or not at all"
+
+
+def test_devices_have_room_for_the_most_dense_heads_of_any(cuda):
+    mesh, q = AbstractMesh((1, 2), ("data", "model")), jnp.zeros((1, 4, 128, 64), jnp.bfloat16)
+    assert attention._count_for_cudnn(q, np.array((0, 0, 3, 0)), None, False, mesh) == 2
+
+
 @pytest.mark.parametrize("impl", ["portable", "pallas"])
 @pytest.mark.parametrize(
     ("starts", "q_start", "plain"), [((0, 0), 0, True), ((0, 7), 0, False), ((7, 7), 0, False), ((0, 0), 50, False)]
@@ -303,6 +339,7 @@ def test_which_implementation_serves():
     half, cpu, h200 = np.dtype(jnp.bfloat16), jax.devices()[0], Device("9.0")
     assert implementation(None, [cpu], half, 128) == "portable"
     assert implementation(None, [Device("9.4", "rocm 70000")], half, 128) == "portable"
+    assert implementation(None, [h200, cpu], half, 128) == "portable"
     assert implementation(None, [h200, h200], half, 128) == implementation("pallas", [h200], half, 64) == "pallas"
     assert implementation("portable", [h200], np.dtype("float32"), 96) == "portable"
     with pytest.raises(ValueError, match=r"one of pallas, portable, or None\. Got 'triton'"):
@@ -334,8 +371,9 @@ def test_refusals():
     def call(q=q, k=k, v=v, work=work, categories=(3,) * 4, **options):
         return attend(q, k, v, work, categories=categories, window=None, scale=1.0, bidirectional=False, **options)
 
+    two = build_work("pallas", [layout] * 2, SinkTemplate(), head_dim=64, n_queries=128, n_keys=128)
     with pytest.raises(NotImplementedError, match=r"needs a Hopper GPU .*Got cpu on platform cpu"):
-        call(work=for_pallas)
+        call(*(jnp.repeat(x, 2, axis=0) for x in (q, k, v)), work=two)
     with pytest.raises(ValueError, match=r"built for impl='pallas'. Got a AttentionWork, which is that of 'portable'"):
         call(impl="pallas")
     with pytest.raises(ValueError, match="Got 'triton'"):

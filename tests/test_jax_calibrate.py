@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 import jax_blindsight
 import torch_blindsight
@@ -53,6 +56,12 @@ def test_what_is_wrong_with_given_held_out_prompts_shows_before_anything_is_meas
     ):
         with pytest.raises(ValueError, match=message):
             jax_blindsight.calibrate(params, [good], held_out=held_out, **QUIET)
+
+
+def test_a_mesh_that_deals_out_rows_is_refused_before_any_prompt():
+    mesh = AbstractMesh((2, 1), ("data", "model"))
+    with pytest.raises(ValueError, match=r"^calibrate .* the mesh's data axis must be 1\. Got 2 devices"):
+        jax_blindsight.calibrate(replace(twin("qwen2_5_vl").params, mesh=mesh), [{}], **QUIET)
 
 
 def test_prompts_may_be_lists():

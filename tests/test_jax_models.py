@@ -14,11 +14,13 @@ import torch
 from transformers import Qwen2VLConfig
 from transformers.activations import ACT2FN
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
 
 from jax_blindsight import model as jax_model
 from jax_blindsight.config import ACTIVATIONS, ModelConfig
 from jax_blindsight.decoder import Attention, DecoderLayer, rope_rotation
 from jax_blindsight.layers import GatedMLP, LayerNorm, Linear, RMSNorm, activation, inverse_frequencies
+from jax_blindsight.portable import _dot
 from jax_blindsight.positions import rope_positions
 from jax_blindsight.tower import encode_images
 from jax_blindsight.vision_inputs import prepare_vision
@@ -277,16 +279,35 @@ def test_what_the_models_do_not_compute_is_refused(family, change, message):
             "at least 1 .*Got None",
         ),
         ("gemma3", lambda c: setattr(c.text_config, "sliding_window", 0), "sliding_window must be .* Got 0"),
+        ("gemma3", lambda c: setattr(c.text_config, "sliding_window", -1), "sliding_window must be .* Got -1"),
         ("gemma3", lambda c: setattr(c, "mm_tokens_per_image", 9), "8 x 8 patches add up to. Got 9"),
+        ("gemma3", lambda c: setattr(c, "mm_tokens_per_image", 81), "8 x 8 patches add up to. Got 81"),
         ("gemma3", lambda c: setattr(c, "mm_tokens_per_image", 0), "8 x 8 patches add up to. Got 0"),
     ],
-    ids=["sections", "windows", "no-window", "window-of-0", "tokens", "no-tokens"],
+    ids=["sections", "windows", "no-window", "window-of-0", "window-of-minus-1", "tokens", "more-tokens", "no-tokens"],
 )
 def test_sizes_that_contradict_each_other_are_refused(family, change, message):
     config = make_model(family).config
     change(config)
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_hf(config)
+
+
+def test_the_smallest_sizes_there_can_be():
+    gemma, qwen = (make_model(family).config for family in ("gemma3", "qwen2_5_vl"))
+    gemma.text_config.sliding_window, gemma.mm_tokens_per_image, qwen.vision_config.window_size = 1, 1, 8
+    config = ModelConfig.from_hf(gemma)
+    assert min(w for w in config.text.windows if w is not None) == 1 and config.vision.merge == 8
+    assert ModelConfig.from_hf(qwen).vision.window_size == 8
+
+
+def test_rotary_sections_that_a_configuration_leaves_out():
+    """As the first Qwen2-VL had them, whose heads have 128 dimensions."""
+    config = make_model("qwen2_vl").config
+    del config.text_config.rope_parameters["mrope_section"]
+    config.text_config.hidden_size = 128 * config.text_config.num_attention_heads
+    sections = Qwen2VLRotaryEmbedding(config.text_config).mrope_section
+    assert ModelConfig.from_hf(config).text.mrope_section == tuple(sections)
 
 
 def test_another_family_is_refused():
@@ -296,6 +317,13 @@ def test_another_family_is_refused():
 
     with pytest.raises(ValueError, match="model_type must be one of"):
         ModelConfig.from_hf(Llava())
+
+
+def test_products_of_float32_are_not_rounded_to_tf32():
+    """As a GPU would by default, and a CPU does not show."""
+    x = jax.ShapeDtypeStruct((1, 8, 8), jnp.float32)
+    for product in (lambda x: make(Linear, 8, 8, weights=dict(kernel=x[0]))(x), lambda x: _dot(x, x, 2)):
+        assert "HIGHEST" in str(jax.make_jaxpr(product)(x))
 
 
 def test_a_bias_is_added_before_rounding():

@@ -17,13 +17,14 @@ from tiny_models import make_ids, make_inputs
 FAMILY = "qwen2_5_vl"
 
 
-@pytest.fixture(params=["ranks", "types", "transfers"])
+@pytest.fixture(params=["ranks", "types", "transfers", "infinities"])
 def strict(request) -> Iterator[None]:
     """What finds mistakes in one's own programs. A mesh of one's own is `mesh_run`'s."""
     settings = {
         "ranks": lambda: jax.numpy_rank_promotion("raise"),
         "types": lambda: jax.numpy_dtype_promotion("strict"),
         "transfers": lambda: jax.transfer_guard("disallow"),
+        "infinities": lambda: jax.debug_infs(True),
     }
     with settings[request.param]():
         yield

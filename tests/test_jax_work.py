@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_blindsight.buckets import bucket
+from jax_blindsight.buckets import bucket, power_of_two
+from jax_blindsight.implementations import build_work
 from jax_blindsight.work import attention_work
 from shared_profiles import Category, Layout, SinkTemplate
 
@@ -36,10 +39,36 @@ def test_a_row_of_many_images_beside_one_of_none():
     assert work.n_tiles[:, Category.SINK].tolist() == [400, 16] and work.packed.shape[2] == 2048
 
 
+def test_long_runs_of_text_between_many_images():
+    """There is room for a short tile at the end of each."""
+    begin = 64 + 66 * np.arange(64)
+    layout = Layout(64 * 66 + 64, 0, 64 * 66 + 64, np.stack([begin, begin, begin + 2, begin + 2], axis=1))
+    work = attention_work([layout], SinkTemplate(), n_queries=4352, n_keys=4352)
+    assert work.n_tiles[0, Category.SINK] == 64 + 65
+
+
 def test_a_row_that_ended_long_before_the_chunk_has_no_tiles():
     layout = Layout(400, 0, 60, even_layout(60, 30).images)
     work = attention_work([layout], SinkTemplate(), q_start=300, n_queries=128, n_keys=512)
     assert not work.n_tiles.any() and not work.n_gathered.any()
+
+
+@pytest.mark.parametrize("q_start", [0, 90])
+def test_every_row_is_in_one_tile_and_reads_no_key_before_its_window(q_start):
+    """What is computed twice, or masked again, would only take longer."""
+    images = np.array([(63, 64, 94, 95), (157, 158, 199, 200), (465, 465, 500, 500)])
+    layout = Layout(520, 3, 520, images)  # runs of 61, 64 and 266 text rows, delimiters counted
+    work = attention_work([layout], SinkTemplate(), window=50, q_start=q_start, n_queries=520, n_keys=520)
+    for category in Category:
+        tiles = work.tiles[0, category, : work.n_tiles[0, category]]
+        gathered = work.gathered[0, : work.n_gathered[0, category]]
+        rows = [
+            *(np.arange(*tile[:2]) for tile in tiles),
+            *(work.gathered_rows[0, slice(*tile[:2])] for tile in gathered),
+        ]
+        assert sorted(np.concatenate(rows)) == [*range(max(3, q_start), 520)]
+        for row, (_, _, lo, *_) in zip(rows, [*tiles, *gathered], strict=True):
+            assert lo >= row[0] - 49
 
 
 @pytest.mark.parametrize("window", [None, 300])
@@ -61,10 +90,21 @@ def test_a_long_prompt_makes_small_tables():
     assert work.nbytes < 3 << 20
 
 
-def test_refusals():
+@pytest.mark.parametrize("n_shards", [None, 2])
+def test_the_kernels_work_knows_which_rows_are_dense(n_shards):
+    """Each shard those of its own rows."""
+    sizes = dict(head_dim=64, n_queries=128, n_keys=128, n_shards=n_shards)
+    build = partial(build_work, "pallas", [even_layout(100, 50)] * 2, SinkTemplate(), **sizes)
+    sparse, both, second = (build(dense=dense).cost for dense in (None, [True, True], [False, True]))
+    assert (np.diff(both) == 0).all() and (np.diff(sparse)[..., 0] < 0).all()
+    np.testing.assert_array_equal(second, [sparse[0], both[1]] if n_shards else (sparse + both) / 2)
+
+
+@pytest.mark.parametrize("impl", ["portable", "pallas"])
+def test_refusals(impl):
     layout = even_layout(100, 50)
-    make = lambda rows=(layout,), **more: attention_work(  # noqa: E731
-        rows, SinkTemplate(), **{"n_queries": 128, "n_keys": 128, **more}
+    make = lambda rows=(layout,), **more: build_work(  # noqa: E731
+        impl, rows, SinkTemplate(), **{"head_dim": 64, "n_queries": 128, "n_keys": 128, **more}
     )
     with pytest.raises(ValueError, match="must share n_tokens and bidirectional"):
         make(rows=(layout, even_layout(90, 45)))
@@ -76,6 +116,7 @@ def test_refusals():
         make(n_keys=64)
     with pytest.raises(ValueError, match="window must be at least 1"):
         make(window=0)
+    make(window=1)
     with pytest.raises(ValueError, match=r"one bool per layout, 1\. Got 2"):
         make(dense=[True, False])
 
@@ -86,6 +127,7 @@ def test_a_bucket_holds_n_and_wastes_less_than_an_eighth(n, minimum):
     assert size >= max(n, minimum)
     assert size == minimum or size - n < size / 8
     assert bucket(size, minimum=minimum) == size
+    assert power_of_two(n, minimum) == next(p for p in map((1).__lshift__, range(21)) if p >= max(n, minimum))
 
 
 def test_few_buckets():

@@ -16,7 +16,7 @@ A tile reads two spans of keys, in tiles of `block_k` from a multiple of 8 on::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -36,8 +36,10 @@ GATHERED, BOTH_WAYS = 1, 2  # kinds of a q_tile
 # Columns of a tile. `slot` is where a part's result is put aside for the merge, -1 for a whole tile.
 _SPAN = ("first", "n_tiles", "low", "high", "start", "stop")
 FIELDS = ("batch", "q_tile", "slot", *(f"{source}_{name}" for source in ("packed", "range") for name in _SPAN))
+_STATIC = dict(static=True)  # for jax: a number that programs are compiled for
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class PallasWork:
     """What the kernel is told about a batch, for every category. A pytree of int32 arrays, NumPy until they are moved.
@@ -70,22 +72,16 @@ class PallasWork:
     merges: np.ndarray
     span: np.ndarray
     limits: np.ndarray
-    block_k: int
-    n_batch: int
-    n_queries: int
-    n_keys: int
-    n_slots: int
+    block_k: int = field(metadata=_STATIC)
+    n_batch: int = field(metadata=_STATIC)
+    n_queries: int = field(metadata=_STATIC)
+    n_keys: int = field(metadata=_STATIC)
+    n_slots: int = field(metadata=_STATIC)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(x.nbytes for x in jax.tree.leaves(self))
-
-
-_STATIC = ["block_k", "n_batch", "n_queries", "n_keys", "n_slots"]
-jax.tree_util.register_dataclass(
-    PallasWork, [name for name in PallasWork.__dataclass_fields__ if name not in _STATIC], _STATIC
-)
 
 
 @lru_cache(maxsize=16)
@@ -208,7 +204,7 @@ def stack_pallas_works(works: Sequence[PallasWork]) -> PallasWork:
             out[i][tuple(map(slice, array.shape))] = array
         return out
 
-    arrays: dict[str, Any] = {f.name: stack(f.name) for f in fields(PallasWork) if f.name not in _STATIC}
+    arrays: dict[str, Any] = {f.name: stack(f.name) for f in fields(PallasWork) if not f.metadata}
     return replace(works[0], n_slots=n_slots, **arrays)
 
 
