@@ -154,7 +154,11 @@ class SampleFile:
             raise ValueError(f"{self.path} must be of this run, to go on from it. It is of another: {shown}. {_ADVICE}")
 
     def _write(self, line: bytes) -> None:
-        if self._file.write(line) != len(line):
+        try:
+            written = self._file.write(line)
+        except OSError as error:  # which of itself names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        if written != len(line):
             raise OSError(f"{self.path} could not be written whole. Is the disk full?")
 
 
