@@ -368,11 +368,14 @@ def test_doctor_looks_at_a_checkpoint(tmp_path: Path) -> None:
     code, found = checks(folder)
     assert code == 0 and "qwen2_5_vl, 6 layers of 8 heads" in found["checkpoint"]["detail"]
     assert found["its profile"]["status"] == "info" and "calibrate" in found["its profile"]["detail"]
-    Profile.uniform(Category.SINK, PRINT).save(folder / "blindsight_profile.json")
+    (folder / "blindsight_profile.json").mkdir()  # as any file that cannot be read
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     code, found = checks(folder)
     assert "tokenizer that does not know <|image_pad|>" in found["its processor"]["detail"]
+    assert code == 1 and "Is a directory" in found["its profile"]["detail"]
+    (folder / "blindsight_profile.json").rmdir()
+    Profile.uniform(Category.SINK, PRINT).save(folder / "blindsight_profile.json")
     (folder / "processor_config.json").unlink()
     code, found = checks(folder)
     assert code == 3 and "n_layers" in found["its profile"]["detail"] and found["its profile"]["advice"]
