@@ -79,6 +79,12 @@ def write(folder: Path, weights: Weights, fingerprint: Fingerprint, files: Mappi
             f"{', '.join(sorted(x.name for x in dtypes))}. Cast all leaves: jax.tree.map(lambda x: x.astype(...), ...)."
         )
     target = folder.resolve()
+    size, free = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)), shutil.disk_usage(target.parent).free
+    if size > free:  # orbax would tell it in hundreds of lines
+        raise OSError(
+            f"the disk must have room for {size:,} bytes. Got {folder}, where {free:,} are free. Make room, or "
+            "name another folder."
+        )
     temporary = target.with_name(f".blindsight-{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir()
@@ -87,8 +93,11 @@ def write(folder: Path, weights: Weights, fingerprint: Fingerprint, files: Mappi
                 shutil.copyfile(content, temporary / name)
             else:
                 (temporary / name).write_text(content, encoding="utf-8")
-        with _checkpointer(weights) as checkpointer:
-            checkpointer.save(temporary / WEIGHTS, weights)
+        try:
+            with _checkpointer(weights) as checkpointer:
+                checkpointer.save(temporary / WEIGHTS, weights)
+        except ValueError as error:  # as orbax calls a disk that is full or fails
+            raise OSError(f"{folder} could not be written: {error}") from error
         manifest = {
             "schema": SCHEMA,
             "dtype": dtypes.pop().name,

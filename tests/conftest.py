@@ -14,6 +14,7 @@ from typing import Any
 # Before torch and transformers are first imported, here or in a subprocess a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share few cores, and sums keep one order
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take the GPU's memory from torch
+os.environ.pop("JAX_ENABLE_X64", None)  # JAX's simulator of GPUs counts in 32 bits, and users may have it on
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub fails at once, wherever it runs
 if shutil.which("nvidia-smi") is None:  # programs of tiny models take longer to optimize than to run
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -64,6 +65,13 @@ def _full_float32() -> Iterator[None]:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache folder of each test's own: none finds the profiles of another, or leaves some with the user."""
     monkeypatch.setenv("BLINDSIGHT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text without colours and of its own width, whatever a CI or the user's shell asks for."""
+    for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def test_signs_that_a_terminal_lacks_are_written_plainly() -> None:
         "from blindsight_cli.output import never_fail_on_signs\n"
         "from blindsight_cli.report.figures import nats, points, ratio\n"
         "never_fail_on_signs()\n"
-        "print(points(-0.017), nats(1.2e-7), ratio(2.7), '✓ ✗ · é')"
+        f"print(points(-0.017), nats(1.2e-7), ratio(2.7), {'✓ ✗ · é'!a})"
     )
     told = {}
     for encoding in ("ascii", "latin-1", "utf-8"):
@@ -191,7 +191,7 @@ def test_report(profile: Path, tmp_path: Path) -> None:
     saved, out = tmp_path / "results.json", tmp_path / "report.html"
     saved.write_text(json.dumps(data.to_json()))
     assert str(out) in blindsight("report", saved, "--out", out).stdout
-    assert out.read_text().startswith("<!DOCTYPE html>")
+    assert out.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert json.loads(blindsight("report", saved, "--out", out, "--json").stdout) == {"report": str(out)}
     assert blindsight("report", saved, "--out", tmp_path / "no" / "report.html").exit_code == 2
     result = blindsight("report", saved, "--out", saved)
@@ -297,7 +297,7 @@ def test_doctor_finds_nothing_here() -> None:
 
 
 def test_doctor_asks_for_the_versions_of_the_package() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["torch"]]
     assert dict(entry.split(">=") for entry in needed) == doctor.MINIMUM
     for_jax = {**doctor.MINIMUM, **doctor.MINIMUM_JAX}
@@ -368,11 +368,14 @@ def test_doctor_looks_at_a_checkpoint(tmp_path: Path) -> None:
     code, found = checks(folder)
     assert code == 0 and "qwen2_5_vl, 6 layers of 8 heads" in found["checkpoint"]["detail"]
     assert found["its profile"]["status"] == "info" and "calibrate" in found["its profile"]["detail"]
-    Profile.uniform(Category.SINK, PRINT).save(folder / "blindsight_profile.json")
+    (folder / "blindsight_profile.json").mkdir()  # as any file that cannot be read
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     code, found = checks(folder)
     assert "tokenizer that does not know <|image_pad|>" in found["its processor"]["detail"]
+    assert code == 1 and "Is a directory" in found["its profile"]["detail"]
+    (folder / "blindsight_profile.json").rmdir()
+    Profile.uniform(Category.SINK, PRINT).save(folder / "blindsight_profile.json")
     (folder / "processor_config.json").unlink()
     code, found = checks(folder)
     assert code == 3 and "n_layers" in found["its profile"]["detail"] and found["its profile"]["advice"]

@@ -191,6 +191,14 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path: Path) -> None:
         assert path.read_bytes() == content
 
 
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    with SampleFile(tmp_path / "s.jsonl", RUN) as file:
+        file._file.close()
+        file._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  # closed with the other
+        with pytest.raises(OSError, match=r"No space left on device: '.*s\.jsonl'"):
+            file.add(sample(1))
+
+
 def test_a_file_has_one_writer(tmp_path: Path) -> None:
     path = tmp_path / "r.samples.jsonl"
     code = f"import sys\nfrom blindsight_cli.evaluation.samples import SampleFile\nSampleFile({str(path)!r}, {RUN})"

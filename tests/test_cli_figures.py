@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
 from blindsight_cli.commands import bench
-from blindsight_cli.output import span
+from blindsight_cli.main import app
+from blindsight_cli.output import results, span
 from blindsight_cli.report import FlopsPoint, MaskExample, Segment, figures
 from blindsight_cli.report.charts import flops_bars, mask_picture, share_bars
 from blindsight_cli.timing import median_pair
@@ -74,6 +81,35 @@ def test_bench_states_the_bound_of_the_pairs(monkeypatch) -> None:
     assert row["ratio"] == pytest.approx(row["dense_s"] / row["sparse_s"], rel=1e-12)
     assert row["share_of_bound"] == pytest.approx(row["ratio"] / row["bound"], rel=1e-12)
     assert bench.even_layout(2, 10, text=2).images.tolist() == [[2, 3, 11, 12], [14, 15, 23, 24]]
+
+
+@pytest.mark.parametrize("width", [None, 40])
+def test_tables_of_bench_are_cut_nowhere(width, monkeypatch, capsys) -> None:
+    """Not in a pipe whose reader asked for colours, either: rich takes a dumb terminal to be 80 wide."""
+    texts = {"case": "16 images x 512 tokens, 8 heads, d=128", "denominator": "scaled_dot_product_attention(causal)"}
+    figures = {"dense_s": 1.044, "sparse_s": 0.186, "ratio": 5.6, "bound": 13.6, "share_of_bound": 0.41}
+    for name, value in {"FORCE_COLOR": "1", "TERM": "dumb", "COLUMNS": "40"}.items():
+        monkeypatch.setenv(name, value)
+    console = results() if width is None else Console(width=width, height=9)
+    console.print(bench._table("attention", [texts | figures]))
+    shown = capsys.readouterr().out
+    assert "…" not in shown and (width or all(text in shown for text in texts.values()))
+
+
+def test_bench_tells_its_figures_where_the_disk_is_full(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(bench, "BENCHMARKS", {"plan": lambda repeats: [{"case": "x", "plan_ms": 1.5}]})
+    out = tmp_path / "bench.json"
+    command = ["bench", "plan", "--json", "--out", str(out)]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    before = out.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and str(out) in done.stderr
+    assert json.loads(done.stdout)["rows"][0]["plan_ms"] == 1.5 and out.read_bytes() == before
 
 
 def test_bars_are_as_high_as_their_axis_says() -> None:

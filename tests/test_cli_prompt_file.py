@@ -35,6 +35,7 @@ def blindsight(*args: object) -> Result:
 BAD_LINES = {
     "not-json": ("{oops", "line 2 must be JSON"),
     "not-utf8": ('{"images": [], "question": "\udcff"}', "line 2 must be JSON"),
+    "too-deep": ("[" * 100_000, "line 2 must be JSON"),
     "no-question": ('{"images": ["0-0.png", "0-1.png"]}', "line 2 must be an object"),
     "a-list": ("[1]", "line 2 must be an object"),
     "images-text": ('{"images": "0-0.png", "question": "?"}', "list of file names"),
@@ -42,6 +43,7 @@ BAD_LINES = {
     "half-a-character": ('{"images": [], "question": "\\ud800?"}', 'line 2: "question" must be a text of whole'),
     "half-a-name": ('{"images": ["\\udc00.png"], "question": "?"}', 'line 2: "images" must be a list of file names'),
     "missing-file": ('{"images": ["0-0.png", "nope.png"], "question": "?"}', "nope.png"),
+    "long-name": ('{"images": ["0-0.png", "' + "x" * 300 + '"], "question": "?"}', "line 2: an image must be a file"),
     "no-picture": ('{"images": ["0-0.png", "prompts.jsonl"], "question": "?"}', "line 2: an image must be a picture"),
     "cut-picture": ('{"images": ["0-0.png", "cut.png"], "question": "?"}', "line 2: an image must be a picture"),
     "thin-picture": ('{"images": ["0-0.png", "thin.png"], "question": "?"}', "line 2: the checkpoint's processor must"),

@@ -378,6 +378,18 @@ def test_pictures_of_any_kind_become_upright_rgb(tmp_path: Path) -> None:
     assert load_image(tmp_path / "turned.jpg").size == (4, 8)
 
 
+def test_sixteen_bits_are_scaled_and_other_numbers_refused(tmp_path: Path) -> None:
+    """Pillow alone cuts at 255, so that a picture of 16 bits is white, and one of fractions black."""
+    grey = np.array([[0, 255, 32768, 65535]], np.uint16)
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(grey).save(tmp_path / name)
+        assert np.asarray(load_image(tmp_path / name))[0].tolist() == [[x] * 3 for x in (0, 0, 128, 255)]
+    for dtype in (np.float32, np.int32):
+        Image.fromarray(grey.astype(dtype)).save(tmp_path / "b.tif")
+        with pytest.raises(ValueError, match=r"Got .*b\.tif: its pixels are 32-bit numbers"):
+            load_image(tmp_path / "b.tif")
+
+
 def test_devices_and_dtypes(checkpoint: Path) -> None:
     assert pick_device("cpu") == "cpu" and pick_device(None) in ("cpu", "cuda")
     assert next(load_checkpoint(checkpoint, dtype="bfloat16")[0].parameters()).dtype == torch.bfloat16

@@ -116,7 +116,7 @@ def test_the_pallas_model_predicts_what_its_page_says(monkeypatch):
     monkeypatch.setattr(pallas_cycles, "read_kernel", lambda dim: kernel)
     layout = prompts.make_layout(prompts.QWEN, prompts.LENGTHS["100K"])
     seconds, passes = pallas_cycles.predict_pallas(prompts.QWEN, layout, Category.INTRA_IMAGE)
-    page = (ROOT / "docs" / "pallas-hopper.md").read_text()
+    page = (ROOT / "docs" / "pallas-hopper.md").read_text(encoding="utf-8")
     useful = cycles.rate(prompts.QWEN, layout, Category.INTRA_IMAGE, seconds + passes)
     assert f"| Intra-Image | {1e3 * seconds:.2f} ms | {1e3 * passes:.2f} ms | {useful:.0f} |" in page
 
@@ -190,7 +190,7 @@ def test_two_plots_are_drawn_and_shown_where_there_are_results(tmp_path):
     readme.write_text(f"{tables.BEGIN}\n{tables.END}\n")
     arguments = (RENDER, "--readme", readme, "--results", found)
     assert python(*arguments).returncode == 0
-    assert "docs/gpu" not in readme.read_text()
+    assert "docs/gpu" not in readme.read_text(encoding="utf-8")
     assert not (tmp_path / "docs").exists()
     longer = ATTENTION | dict(tokens=73728, speed_up=9.0)
     dense = dict(
@@ -201,12 +201,13 @@ def test_two_plots_are_drawn_and_shown_where_there_are_results(tmp_path):
     (found / "gpu-pallas.json").write_text(json.dumps(result("pallas", [PALLAS])))
     assert python(*arguments).returncode == 0
     for name in ("gpu-speed-up.svg", "gpu-tflops.svg"):
-        drawn = (tmp_path / "docs" / name).read_text()
-        assert f"(docs/{name})" in readme.read_text()
+        drawn = (tmp_path / "docs" / name).read_text(encoding="utf-8")
+        assert f"(docs/{name})" in readme.read_text(encoding="utf-8")
         for line in ("Triton: all Sink", "Pallas: all Sink"):
             assert f"<!-- {line} -->" in drawn
         assert ("the bound: cuDNN SDPA, dense" in drawn) == (name == "gpu-tflops.svg")
-    assert "cuDNN" not in (tmp_path / "docs" / "gpu-speed-up.svg").read_text()  # not every shape's denominator is
+    speed_up = (tmp_path / "docs" / "gpu-speed-up.svg").read_text(encoding="utf-8")
+    assert "cuDNN" not in speed_up  # not every shape's denominator is
     assert python(*arguments, "--check").returncode == 0
     (tmp_path / "docs" / "gpu-tflops.svg").unlink()
     done = python(*arguments, "--check")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import jax
@@ -257,6 +258,23 @@ params = load(sys.argv[1])
 checkpoint._sizes = lambda folder: os._exit(9)  # weights are written, the process is gone
 save(params, sys.argv[2])
 """
+
+
+def test_a_full_disk_is_no_wrong_input(tiny, tmp_path, monkeypatch):
+    """Orbax raises a ValueError, and logs hundreds of lines."""
+    params = load(*tiny)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(OSError, match=r"room for [\d,]+ bytes. Got .*saved, where 1,000 are free"):
+            save(params, tmp_path / "saved")
+
+    def full(*_):
+        raise ValueError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "save", full)
+    with pytest.raises(OSError, match="saved could not be written: RESOURCE_EXHAUSTED"):
+        save(params, tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_a_killed_save_never_looks_whole(tiny, tmp_path):

@@ -40,6 +40,14 @@ def test_a_prompt_and_an_answer(strict):
     generate(model.params, in_numpy(inputs), max_new_tokens=2, temperature=1.0, top_k=5, top_p=1.0, eos=())
 
 
+def test_a_prompt_with_doubles_on():
+    model, inputs = twin(FAMILY), make_inputs(FAMILY, [make_ids(2)])
+    with jax.enable_x64(True):
+        logits = sparse_prefill(model.params, in_numpy(inputs), all_logits=True).logits
+    assert logits.dtype == np.float32
+    model.expect(inputs, model.params.profile).check(logits)
+
+
 def test_a_calibration(strict):
     params = twin(FAMILY).params
     prompts = [in_numpy(make_inputs(FAMILY, [make_ids(2, seed=seed)], seed=seed)) for seed in range(2)]

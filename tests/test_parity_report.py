@@ -97,7 +97,7 @@ def test_the_script_writes_both_files(main, tmp_path, capsys):
     assert held["comparisons"] == held["equal"] == 3 * len(held["plan"]) > 0
     assert {"torch", "triton", "jax", "jaxlib", "flax", "numpy", "python"} <= held["machine"]["versions"].keys()
     assert held["command"].endswith("--part plan") and held["device"] == "cpu" and held["machine"]["source"]
-    assert (tmp_path / "parity.html").read_text() == render_parity(held)
+    assert (tmp_path / "parity.html").read_text(encoding="utf-8") == render_parity(held)
     assert "comparisons are within what is allowed" in capsys.readouterr().out
 
 
@@ -108,7 +108,7 @@ def test_the_script_fails_where_something_differs(main, tmp_path, monkeypatch):
         lambda device: [dict(difference=dict(xla="row 3"), equal=False, keys=1, prompt="p")],
     )
     assert main(["--out", str(tmp_path), "--part", "plan"]) == 1
-    assert "✗ differs</span> row 3" in (tmp_path / "parity.html").read_text()
+    assert "✗ differs</span> row 3" in (tmp_path / "parity.html").read_text(encoding="utf-8")
 
 
 def test_unknown_parts_are_refused(main, capsys):

@@ -33,7 +33,7 @@ def check_family(folder: Path) -> None:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON. Got: {error}. {AGAIN}") from error
     try:
         family_of(config if isinstance(config, dict) else {})

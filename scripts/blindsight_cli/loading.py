@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image, ImageOps
@@ -109,14 +110,17 @@ def load_image(path: Path) -> Image.Image:
         ValueError: the file cannot be read as a picture.
     """
     with _open_image(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        turned = ImageOps.exif_transpose(image)
+        if turned.mode.startswith("I;16"):  # Pillow's convert cuts off at 255: nearly all would be white
+            turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
+        return turned.convert("RGB")
 
 
 def check_image(path: Path) -> None:
     """Looks at the beginning of a picture's file only.
 
     Raises:
-        ValueError: it does not begin like a picture.
+        ValueError: it does not begin like a picture, or like one whose pixels are no colours.
     """
     with _open_image(path):
         pass
@@ -127,6 +131,8 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
     """An open picture; whatever goes wrong with it is a ValueError that names it."""
     try:
         with Image.open(path) as image:
+            if image.mode in ("I", "F"):  # Pillow's convert would make them all black or white
+                raise ValueError("its pixels are 32-bit numbers, none of which is known to be white. Save 8 or 16 bits")
             yield image
     except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".") or type(error).__name__

@@ -11,8 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-# Pipes and files have no width of their own: wide enough that no row of a table is cut.
-_PIPE_WIDTH = 160
+# Pipes and files have no size of their own: wide enough that no row of a table is cut. Without a height, rich would
+# not look at the width where FORCE_COLOR is set and TERM is dumb.
+_PIPE_SIZE = 160, 100
 # What stands for a sign that a terminal's encoding lacks: a minus or an exponent must not be lost.
 _PLAIN = {"✓": "+", "✗": "x", "×": "x", "·": ".", "•": "*", "µ": "u", "⁻": "^-", "→": ">", "←": "<"}
 _PLAIN |= dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}", "-") | dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True))
@@ -31,10 +32,12 @@ def never_fail_on_signs() -> None:
             stream.reconfigure(errors="blindsight")
 
 
-def results() -> Console:
-    """The console of results, standard output."""
-    terminal = sys.stdout is not None and sys.stdout.isatty()  # it is None where the shell has closed it
-    return Console(highlight=False, width=None if terminal else _PIPE_WIDTH)
+def results(*, stderr: bool = False) -> Console:
+    """The console of results: standard output, or standard error where that is kept for a JSON document."""
+    stream = sys.stderr if stderr else sys.stdout
+    terminal = stream is not None and stream.isatty()  # it is None where the shell has closed it
+    width, height = (None, None) if terminal else _PIPE_SIZE
+    return Console(stderr=stderr, highlight=False, width=width, height=height)
 
 
 def note(text: str, *, style: str | None = None) -> None:

@@ -9,6 +9,7 @@ Pictures are named relative to the file.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def _parse(line: bytes, path: Path, number: int, answered: bool) -> Prompt:
     where = _where(path, number)
     try:
         prompt = json.loads(line)
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
         raise ValueError(f"{where} must be JSON. Got: {error}.") from error
     if not isinstance(prompt, dict) or not {"images", "question"} <= set(prompt):
         got = f"the keys {sorted(prompt)}" if isinstance(prompt, dict) else f"a {type(prompt).__name__}"
@@ -85,7 +86,7 @@ def _parse(line: bytes, path: Path, number: int, answered: bool) -> Prompt:
         raise ValueError(f'{where}: "question" must be a text of whole characters. Got {question!r:.80}.')
     images = tuple(path.parent / name for name in names)
     for image in images:
-        if not image.is_file():
+        if not os.path.isfile(image):  # pathlib raises where a name is too long
             raise ValueError(f"{where}: an image must be a file, relative to the JSONL file. There is no {image}.")
         with of_prompt(where):
             check_image(image)

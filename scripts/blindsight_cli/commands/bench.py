@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from blindsight_cli.folders import require_writable
+from blindsight_cli.output import results
 from blindsight_cli.timing import describe_cpu, time_pair
 from shared_profiles import Category, Layout, SinkTemplate, build_plan, count_pairs
+from shared_profiles._atomic import write_atomically
 from torch_blindsight import portable_attention
 
 Row = dict[str, Any]
@@ -223,7 +225,7 @@ def run_bench(*, what: str, out: Path | None, repeats: int, as_json: bool) -> in
     cpu, cores = describe_cpu()
     versions = {name: version(name) for name in ("torch", "transformers", "numpy")}
     machine = {"cpu": cpu, "cores": cores, "threads": torch.get_num_threads(), **versions}
-    console = Console(stderr=as_json)
+    console = results(stderr=as_json)
     rows: list[Row] = []
     for name in names:
         found = BENCHMARKS[name](repeats)
@@ -231,17 +233,18 @@ def run_bench(*, what: str, out: Path | None, repeats: int, as_json: bool) -> in
         console.print(_table(name, found))
     result = {"machine": machine, "repeats": repeats, "rows": rows}
     console.print(f"{cpu}, {machine['threads']} threads, torch {versions['torch']}; medians of {repeats}")
+    if as_json:  # before the file, whose disk may be full
+        print(json.dumps(result), flush=True)
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    if as_json:
-        print(json.dumps(result))
+        write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
     return 0
 
 
 def _table(title: str, rows: list[Row]) -> Table:
     table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+    for name, first in rows[0].items():
+        justify: JustifyMethod = "left" if isinstance(first, str) else "right"
+        table.add_column(name.replace("_", " "), justify=justify, overflow="fold")  # in a narrow terminal none is cut
     for row in rows:
         table.add_row(*(f"{x:.3f}" if isinstance(x, float) else str(x) for x in row.values()))
     return table

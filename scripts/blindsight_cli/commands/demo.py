@@ -21,6 +21,7 @@ from blindsight_cli import report as reporting
 from blindsight_cli.backends import Backend, BackendName, Prompt, load_backend
 from blindsight_cli.folders import require_writable
 from blindsight_cli.loading import load_processor
+from blindsight_cli.output import results
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import Puzzle
 from blindsight_cli.timing import describe_cpu, median_pair
@@ -59,7 +60,7 @@ def run_demo(
         The exit code: 0.
     """
     require_writable("--out", out, kind="page")
-    console = Console(stderr=as_json)
+    console = results(stderr=as_json)
     folder = model or SHIPPED_MODEL
     vlm, processor = load_backend(backend, folder, device="cpu"), load_processor(folder)
     shape = vlm.facts.fingerprint
@@ -88,11 +89,11 @@ def run_demo(
         examples = [_example(p, d, s) for p, d, s in zip(asked[:6], dense.answers, sparse.answers, strict=False)]
     timings = _timings(vlm, processor, profile, console)
     data = _assemble(folder, vlm, processor, profile, rows, timings, examples)
-    reporting.write_report(data, out)
     if as_json:
-        print(json.dumps(data.to_json()))
+        print(json.dumps(data.to_json()), flush=True)
     else:
         _print_tables(console, data)
+    reporting.write_report(data, out)  # last: its disk may be full
     console.print(f"report: [bold]{escape(str(out))}[/]", soft_wrap=True)
     return 0
 

@@ -270,8 +270,9 @@ def _check_checkpoint(folder: Path) -> Iterator[Check]:
         yield Check("its processor", OK, "loads")
     try:
         found = find_profile(print_, str(folder))
-    except ProfileError as error:
-        yield Check("its profile", INCOMPATIBLE, str(error), "Remove that file, and run blindsight calibrate again.")
+    except (ProfileError, OSError) as error:
+        status = INCOMPATIBLE if isinstance(error, ProfileError) else FAILED
+        yield Check("its profile", status, str(error), "Remove that file, and run blindsight calibrate again.")
         return
     if found is None:
         yield Check("its profile", INFO, f"none; make one with blindsight calibrate {folder} prompts.jsonl")

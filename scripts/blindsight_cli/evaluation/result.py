@@ -82,7 +82,7 @@ def check_unused(path: Path, run: dict[str, Any]) -> None:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         same = document["format"] == FORMAT and document["run"] == run
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         same = False
     if not same:
         raise ValueError(f"--out must name a new file, or the result of this very run. Got {path}. Name another.")

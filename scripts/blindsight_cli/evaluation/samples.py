@@ -132,7 +132,7 @@ class SampleFile:
         for number, line in enumerate(lines, start=2):
             try:
                 sample = Sample(**json.loads(line))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"{self.path}, line {number} must be an item of this run. Got: {error}.") from error
             if sample.line in samples:
                 raise ValueError(f"{self.path}, line {number}: the item of line {sample.line} must be there once.")
@@ -143,7 +143,7 @@ class SampleFile:
         try:
             head = json.loads(line)
             known, theirs = (head["format"], head["version"]) == (FORMAT, VERSION), dict(head["run"])
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{self.path} must be {_WANTED}. Its first line is not one's. {_ADVICE}") from error
         if not known:
             raise ValueError(f"{self.path} must be {_WANTED}. Got {head['format']!r}, {head['version']!r}. {_ADVICE}")
@@ -154,7 +154,11 @@ class SampleFile:
             raise ValueError(f"{self.path} must be of this run, to go on from it. It is of another: {shown}. {_ADVICE}")
 
     def _write(self, line: bytes) -> None:
-        if self._file.write(line) != len(line):
+        try:
+            written = self._file.write(line)
+        except OSError as error:  # which of itself names no file
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        if written != len(line):
             raise OSError(f"{self.path} could not be written whole. Is the disk full?")
 
 
