@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ import pytest
 pytest.importorskip("jax", reason="the Pallas kernel needs jax, which is not installed")
 
 import jax
+from jax._src.core import jaxprs_in_params
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from blindsight_kernels.pallas_compile import PLUG_IN, TABLE, Resources, lower, name_of, read_table
+from blindsight_kernels.pallas_compile import PLUG_IN, TABLE, Resources, abstract_inputs, lower, name_of, read_table
 from blindsight_kernels.pallas_configurations import HEAD_DIMS, SHARED_MEMORY, Configuration, configuration
 from blindsight_kernels.pallas_prefill import DTYPES, pallas_attention
 from blindsight_kernels.pallas_work import build_pallas_work
@@ -33,6 +36,51 @@ NAMES = [name_of(*kernel).replace(" ", "-") for kernel in KERNELS]
 def test_lowers_for_cuda_as_one_kernel(dim, dtype):
     text = lower(dim, dtype)
     assert text.count("custom_call @mosaic_gpu") == 1
+
+
+def steps(dim: int, interpret: plgpu.InterpretGPUParams | None = None) -> str:
+    """What the warpgroups do to shared memory, barriers and registers, a line each, in the order of the source."""
+    lines = []
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            if re.match("barrier_|copy_|commit_|wait_|wgmma_|dot_general|set_max_registers|while", name):
+                barriers = re.findall(r"barrier(\[\d*\])", str([x.aval for x in equation.invars]))
+                lines.append(" ".join([name, *map(str, filter(None, [equation.params.get("n")])), *barriers]))
+            lines.extend(["product:"] * (name == "run_state"))
+            for inner in jaxprs_in_params(equation.params):
+                walk(inner)
+            lines.extend(["done"] * (name == "run_state"))
+
+    attend = partial(pallas_attention, scale=1.0, interpret=interpret)
+    walk(jax.make_jaxpr(attend)(*abstract_inputs(dim, "bfloat16")).jaxpr)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS, ids="D{}".format)
+def test_a_gpu_runs_what_the_simulator_finds_free_of_races(dim):
+    """But for products with values, and waits for slots that nothing fills again, which only the simulator wants."""
+    gpu, simulated = re.sub("product:\n|done\n", "", steps(dim)), steps(dim, plgpu.InterpretGPUParams())
+    same, n_products = re.subn(r"dot_general\ncommit_smem", "wgmma_ref", simulated)
+    same, n_waits = re.subn(r"while .*\n(barrier_wait .*\n){2}(?=set_max)", "", same)
+    assert (n_products, n_waits) == (3, 1)
+    assert gpu == same
+
+
+def test_slots_are_freed_after_the_products_that_read_them():
+    """The simulator ends a product where it begins; on a GPU it ends where its sums are read, or its block."""
+    keys = re.findall(r"wgmma_ref\n(.*)\n(.*)\nwgmma_accumulator_deref_p\n(.*)", steps(128))
+    assert keys == [("barrier_arrive []", "barrier_wait []", "barrier_arrive [3]")] * 3
+    values = re.findall(r"product:\nwgmma_ref\n(.*)\ndone\n(.*)", steps(128))
+    assert values == [("barrier_wait [3]", "barrier_arrive [3]")] * 3
+
+
+def test_the_warpgroups_registers_fit_a_multiprocessor():
+    """Else the compute warpgroups wait for theirs for ever."""
+    memory, compute = map(int, re.findall(r"set_max_registers_p (\d+)", steps(128)))
+    assert 128 * (memory + 2 * compute) <= 65536
+    assert memory % 8 == compute % 8 == 0
 
 
 def test_one_program_serves_the_prompts_profiles_and_windows_of_a_bucket():
