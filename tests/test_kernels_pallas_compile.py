@@ -160,10 +160,11 @@ def test_a_missing_plug_in_is_named():
     assert "compiling for a GPU needs jax's CUDA plug-in. It is not installed: pip install" in done.stderr
 
 
-def test_the_plug_in_is_of_the_pinned_jax():
+def test_the_plug_in_and_the_table_are_of_the_pinned_jax():
     pins = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("constraints.txt", "constraints-cuda.txt")}
     (version,) = re.findall(r"^jax==(.+)$", pins["constraints.txt"], re.M)
     assert re.findall(r"^jax-cuda13-\w+==(.+)$", pins["constraints-cuda.txt"], re.M) == [version] * 2
+    assert json.loads(TABLE.read_text(encoding="utf-8"))["jax"] == version
 
 
 @patient

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +67,12 @@ def test_the_table_has_every_tuned_configuration():
 def test_nothing_in_the_table_is_spilled():
     for name, uses in read_table().items():
         assert uses.spill_stores == uses.spill_loads == uses.stack == 0, name
+
+
+def test_the_table_is_of_the_pinned_triton():
+    """With another, nothing would be held against it."""
+    pins = (Path(__file__).resolve().parents[1] / "constraints.txt").read_text(encoding="utf-8")
+    assert f"\ntriton=={json.loads(TABLE.read_text(encoding='utf-8'))['triton']}\n" in pins
 
 
 def test_the_table_says_how_many_programs_an_sm_runs():
