@@ -246,7 +246,7 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
         check_inputs(q.transpose(2, 3).contiguous().transpose(2, 3), k, v, 0.2)
     shifted = torch.zeros(k.numel() + 1)[1:].view(k.shape)
     with pytest.raises(
-        ValueError, match=r"v must be contiguous along D, with rows that start at multiples of 16 bytes"
+        ValueError, match=r"v must be .* rows that start at multiples of 16 bytes.* at an address 4 bytes past"
     ):
         check_inputs(q, k, shifted, 0.2)
     with pytest.raises(ValueError, match=r"k must be contiguous along D"):
@@ -259,6 +259,8 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
         prefill(q[:, :, :74], k, v, work, [0] * 4, scale=0.2)
     with pytest.raises(ValueError, match=r"built with tile_rows up to .*Got tile_rows=16, block_k=16, on cpu"):
         prefill(q, k, v, work, [0] * 4, scale=0.2)
+    with pytest.raises(ValueError, match=r"share one device and one dtype"):
+        prefill(q, k.half(), v, work, [0] * 4, scale=0.2, tiles=SMALL[True])
     uneven = build_work((work.plans[0], build_plan(prompt(75), TEMPLATE, tile_rows=32)), 16, q.device)
     with pytest.raises(ValueError, match=r"Got tile_rows=32, block_k=16"):
         prefill(*(x.expand(2, -1, -1, -1) for x in (q, k, v)), uneven, [0] * 4, scale=0.2, tiles=SMALL[True])

@@ -100,8 +100,11 @@ def test_worse_is_named():
 
 
 @pytest.mark.parametrize(("major", "tiles_of"), [(8, 80), (9, 90), (10, 100), (12, 80)], ids="sm_{}x".format)
-def test_every_gpu_gets_tiles_that_fit_it(major, tiles_of):
+def test_every_gpu_gets_tiles_that_fit_it(monkeypatch, major, tiles_of):
     assert generation(major) == tiles_of
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert triton_prefill.choose(torch.zeros(1, 64, dtype=dtype)) == configuration(tiles_of, 64, dtype.itemsize)
 
 
 def test_products_are_added_in_one_instruction_whatever_is_the_default(monkeypatch):
@@ -117,6 +120,7 @@ def test_products_are_added_in_one_instruction_whatever_is_the_default(monkeypat
     q = torch.zeros(1, 1, 200, 16)
     triton_prefill.triton_attention(q, q, q, [layout], [Category.SINK], SinkTemplate(), scale=1.0, max_keys=32)
     assert [options["enable_fp_fusion"] for options in asked] == [True, True]
+    assert asked[0]["PRECISION"] == "ieee"  # float32
 
 
 def test_interpreted_kernels_are_not_compiled():
