@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,17 @@ import jax
 from jax._src.core import jaxprs_in_params
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from blindsight_kernels.pallas_compile import PLUG_IN, TABLE, Resources, abstract_inputs, lower, name_of, read_table
+from blindsight_kernels import pallas_compile
+from blindsight_kernels.pallas_compile import (
+    PLUG_IN,
+    TABLE,
+    Compiled,
+    Resources,
+    abstract_inputs,
+    lower,
+    name_of,
+    read_table,
+)
 from blindsight_kernels.pallas_configurations import HEAD_DIMS, SHARED_MEMORY, Configuration, configuration
 from blindsight_kernels.pallas_prefill import DTYPES, pallas_attention
 from blindsight_kernels.pallas_work import build_pallas_work
@@ -128,6 +139,36 @@ def test_worse_is_named():
     assert good.worse_than(good) == []
     bad = Resources(168, stack=8, spill_stores=8, spill_loads=0, shared=900, tensor_cores=9, bulk_copies=3)
     assert bad.worse_than(good) == ["stack 8 > 0", "spill_stores 8 > 0"]
+
+
+def test_what_the_compiler_wrote_is_read(tmp_path):
+    said = "304 bytes stack frame, 348 bytes spill stores, 408 bytes spill loads\nUsed 168 registers, used 9 barriers"
+    (tmp_path / "a.ptxas").write_text(f"ptxas info    : Function properties for blindsight_prefill\n    {said}")
+    (tmp_path / "a.before_layout_inference.txt").write_text("gpu.launch dynamic_shared_memory_size %c231544_i32 {")
+    (tmp_path / "a.ptx").write_text("wgmma.mma_async.sync\nwgmma.mma_async.sync\ncp.async.bulk.tensor.3d\n")
+    assert pallas_compile._read(tmp_path).uses == Resources(168, 304, 348, 408, 231544, 2, 1)
+    (tmp_path / "b.ptxas").write_text(said)
+    with pytest.raises(RuntimeError, match=r"once to \*\.ptxas. Got \[168, 168\]"):
+        pallas_compile._read(tmp_path)
+
+
+def test_the_check_fails_where_something_got_worse(monkeypatch, tmp_path, capsys):
+    """And without `--check` the table is written as it is committed."""
+    uses = read_table()
+
+    def main(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["pallas_compile", *arguments])
+        return pallas_compile.main()
+
+    monkeypatch.setattr(pallas_compile, "compile_kernel", lambda *kernel: Compiled("", uses[name_of(*kernel)]))
+    assert main("--check") == 0
+    uses["sm_90a fp16 D=64"] = replace(uses["sm_90a fp16 D=64"], spill_loads=4)
+    assert main("--check") == 1
+    assert capsys.readouterr().err == "sm_90a fp16 D=64: spill_loads 4 > 0\n"
+    uses["sm_90a fp16 D=64"] = read_table()["sm_90a fp16 D=64"]
+    monkeypatch.setattr(pallas_compile, "TABLE", tmp_path / TABLE.name)
+    assert main() == 0
+    assert (tmp_path / TABLE.name).read_text() == TABLE.read_text()
 
 
 def python(*arguments: str, lane: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -15,10 +15,11 @@ pytest.importorskip("triton", reason="compiles with Triton, which is not install
 
 import triton
 
-from blindsight_kernels import triton_prefill
+from blindsight_kernels import triton_compile, triton_prefill
 from blindsight_kernels.triton_compile import (
     ELEMENT_SIZES,
     TABLE,
+    Compiled,
     Resources,
     compile_kernel,
     kernels,
@@ -73,6 +74,16 @@ def test_the_table_is_of_the_pinned_triton():
     """With another, nothing would be held against it."""
     pins = (Path(__file__).resolve().parents[1] / "constraints.txt").read_text(encoding="utf-8")
     assert f"\ntriton=={json.loads(TABLE.read_text(encoding='utf-8'))['triton']}\n" in pins
+
+
+def test_the_table_is_written_as_it_is_committed(monkeypatch, tmp_path):
+    uses = read_table()
+    monkeypatch.setattr(triton_compile, "compile_kernel", lambda *kernel: Compiled("", "", uses[name_of(*kernel)]))
+    monkeypatch.setattr(triton_compile, "TABLE", tmp_path / TABLE.name)
+    triton_compile.main()
+    assert (tmp_path / TABLE.name).read_text() == TABLE.read_text().replace(
+        json.loads(TABLE.read_text())["triton"], triton.__version__
+    )
 
 
 def test_the_table_says_how_many_programs_an_sm_runs():
