@@ -235,6 +235,7 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
             triton_prefill.check_device(torch.device("cuda"))
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         triton_prefill.check_device(torch.device("cuda"))
+    assert triton_prefill._on(torch.device("cuda:1")).idx == 1  # launched where the tensors are
     monkeypatch.setattr(triton_prefill, "INTERPRETED", True)
     with pytest.raises(ValueError, match=r"must get CPU tensors where it is interpreted"):
         triton_prefill.check_device(torch.device("cuda"))
