@@ -95,7 +95,7 @@ def test_the_table_says_how_many_programs_an_sm_runs():
 
 @pytest.mark.parametrize(
     ("registers", "shared", "num_warps", "programs"),
-    [(255, 164896, 8, 1), (200, 82976, 4, 2), (128, 1000, 8, 2), (32, 0, 4, 16), (16, 0, 1, 32), (129, 0, 4, 3)],
+    [(64, 164896, 8, 1), (64, 77824, 4, 2), (128, 1000, 8, 2), (32, 0, 4, 16), (16, 0, 1, 32), (129, 0, 4, 3)],
     ids=["shared", "shared-with-its-reserve", "registers", "warps", "programs", "registers-in-units-of-8"],
 )
 def test_programs_of_an_sm_are_limited_by(registers, shared, num_warps, programs):
