@@ -330,9 +330,12 @@ def test_a_dense_model_that_breaks_costs_no_sparse_figure():
 def test_a_peer_that_breaks_the_gpu_ends_its_process():
     assert results.note_of(ValueError("no such mask")) == "failed: ValueError: no such mask"
     triton = "an illegal instruction was encountered"  # what Triton puts before it has brackets
-    for said in ("CUDA error: misaligned address", "CUDA_ERROR_MISALIGNED_ADDRESS", triton):
+    others = ("device-side assert triggered", "hardware stack error", "invalid program counter", "CUDA_ERROR_ASSERT")
+    for said in ("CUDA error: misaligned address", "CUDA_ERROR_MISALIGNED_ADDRESS", triton, *others):
         with pytest.raises(RuntimeError, match=said):
             results.note_of(RuntimeError(said))
+    for said in ("CUDA out of memory.", "Triton Error [CUDA]: invalid argument", "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"):
+        assert results.note_of(RuntimeError(said)) == f"failed: RuntimeError: {said}"
 
 
 def test_a_prediction_that_fails_costs_no_measured_time(monkeypatch):

@@ -240,6 +240,16 @@ def test_tables_name_machine_denominator_and_misses(tmp_path):
     assert "source `s`: attention; commit `0123456789ab`, source `t`: bounds;" in text
 
 
+def test_rows_of_which_none_has_a_denominator_say_so(tmp_path):
+    """Every dense row failed; the sentence had ended in "is ."."""
+    alone = {name: x for name, x in ATTENTION.items() if name not in ("speed_up", "bound_ms", "denominator")}
+    failed = {"case": "Qwen 36K: dense", "failure": "RuntimeError: x"}
+    (tmp_path / "gpu-attention.json").write_text(json.dumps(result("attention", [failed, alone])))
+    text = tables.section(tmp_path)
+    assert "\n\nNo dense kernel was measured beside these: there is no speed-up, and no bound.\n\n" in text
+    assert "the denominator" not in text
+
+
 def test_what_limits_a_launch_has_units(tmp_path):
     """By counters their own; without them microseconds by kernel, and what it uses; clocks are those of all rows."""
     clocks = [dict(sm_mhz=[1500, 1800], throttle="0x4"), dict(sm_mhz=[1400, 1900], throttle="0x1")]

@@ -163,6 +163,13 @@ def test_split_text_ranges_of_a_chunk(attend, window):
         np.testing.assert_array_equal(again_lse, lse)
 
 
+def test_full_tiles_of_both_sources(attend):
+    """Behind a long text, far into a long image: packed keys and the image's own are walked by one loop."""
+    layout = Layout(420, 0, 420, np.array([(80, 81, 419, 420)]))
+    q, k, v = draw_inputs(1, 1, 1, 120, 424, 64)
+    check(attend, q, k, v, [layout], [3], TEMPLATE, q_start=300, tiles=NARROW, races=False)
+
+
 @pytest.mark.parametrize(
     ("attend", "n"), [("simulated", 264), pytest.param("gpu", 5000, marks=pytest.mark.gpu)], indirect=["attend"]
 )

@@ -22,6 +22,9 @@ def long_prompt(n: int, n_images: int, text: int = 12) -> Layout:
     return Layout(n, 0, n, np.stack([begin, begin + 1, end - 1, end], axis=1))
 
 
+TEXT = Layout(200_000, 0, 200_000, np.zeros((0, 4)))
+
+
 def test_dense_rows_are_dense_under_every_category():
     template, layouts = SinkTemplate(local_block=8), [long_prompt(150, 2, 5), long_prompt(150, 3, 7)]
     plans = tuple(build_plan(x, template, tile_rows=8) for x in layouts)
@@ -90,6 +93,23 @@ def test_a_prompt_of_300k_tokens_stays_under_a_megabyte():
 def test_parts_stay_few_however_long_the_text(text, n_slots):
     work = build_pallas_work(build_plans([long_prompt(200_000, 150, text)], SinkTemplate()), 128)
     assert work.n_slots == n_slots
+
+
+@pytest.mark.parametrize(
+    ("layout", "n_parts", "where"),
+    [
+        (TEXT, 1, {}),
+        (TEXT, 13, dict(q_start=199_000)),
+        (TEXT, 2, dict(q_stop=20_000)),
+        (long_prompt(300_000, 1, 10_000), 2, dict(window=20_000)),
+        (TEXT, 8, dict(q_start=199_000, max_keys=25_000)),
+        (TEXT, 1, dict(q_start=199_000, max_keys=None)),
+    ],
+    ids=["whole", "end", "beginning", "window", "given-length", "never"],
+)
+def test_text_is_cut_by_what_its_rows_read(layout, n_parts, where):
+    """Of a chunk its own rows count, under a sliding window the keys within; what the caller says is kept to."""
+    assert build_plans([layout], SinkTemplate(), **where)[0].n_parts[-1] == n_parts
 
 
 def test_heads_of_a_group_stay_adjacent_and_the_most_expensive_come_first():

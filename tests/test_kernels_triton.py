@@ -70,11 +70,10 @@ def test_equals_the_reference_on_random_layouts(attend, data, template, window, 
     categories = data.draw(st.lists(st.integers(0, 3), min_size=heads, max_size=heads))
     spare = data.draw(st.integers(1, 3))  # a static cache is longer than the prompt
     q, k, v = draw_inputs(2, heads, kv_heads, q_stop - q_start, q_stop + spare, 16, torch.float32)
-    clean = k[:, :, :q_stop], v[:, :, :q_stop]
     k[:, :, q_stop:] = v[:, :, q_stop:] = torch.nan
     arguments = dict(scale=0.3, window=window, q_start=q_start)
     out, lse = attend(q, k, v, rows, categories, template, max_keys=max_keys, tiles=SMALL[tma], **arguments)
-    want, want_lse = reference(q, *clean, rows, categories, template, **arguments)
+    want, want_lse = reference(q, k, v, rows, categories, template, **arguments)
     np.testing.assert_allclose(out.transpose(1, 2).numpy(), want, rtol=0, atol=4e-6)
     np.testing.assert_allclose(lse.numpy(), want_lse, rtol=0, atol=4e-6)
 
@@ -235,6 +234,7 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
             triton_prefill.check_device(torch.device("cuda"))
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         triton_prefill.check_device(torch.device("cuda"))
+    assert triton_prefill._on(torch.device("cuda:1")).idx == 1  # launched where the tensors are
     monkeypatch.setattr(triton_prefill, "INTERPRETED", True)
     with pytest.raises(ValueError, match=r"must get CPU tensors where it is interpreted"):
         triton_prefill.check_device(torch.device("cuda"))
@@ -246,7 +246,7 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
         check_inputs(q.transpose(2, 3).contiguous().transpose(2, 3), k, v, 0.2)
     shifted = torch.zeros(k.numel() + 1)[1:].view(k.shape)
     with pytest.raises(
-        ValueError, match=r"v must be contiguous along D, with rows that start at multiples of 16 bytes"
+        ValueError, match=r"v must be .* rows that start at multiples of 16 bytes.* at an address 4 bytes past"
     ):
         check_inputs(q, k, shifted, 0.2)
     with pytest.raises(ValueError, match=r"k must be contiguous along D"):
@@ -259,6 +259,8 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
         prefill(q[:, :, :74], k, v, work, [0] * 4, scale=0.2)
     with pytest.raises(ValueError, match=r"built with tile_rows up to .*Got tile_rows=16, block_k=16, on cpu"):
         prefill(q, k, v, work, [0] * 4, scale=0.2)
+    with pytest.raises(ValueError, match=r"share one device and one dtype"):
+        prefill(q, k.half(), v, work, [0] * 4, scale=0.2, tiles=SMALL[True])
     uneven = build_work((work.plans[0], build_plan(prompt(75), TEMPLATE, tile_rows=32)), 16, q.device)
     with pytest.raises(ValueError, match=r"Got tile_rows=32, block_k=16"):
         prefill(*(x.expand(2, -1, -1, -1) for x in (q, k, v)), uneven, [0] * 4, scale=0.2, tiles=SMALL[True])

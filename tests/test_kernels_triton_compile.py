@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ pytest.importorskip("triton", reason="compiles with Triton, which is not install
 
 import triton
 
-from blindsight_kernels import triton_prefill
+from blindsight_kernels import triton_compile, triton_prefill
 from blindsight_kernels.triton_compile import (
     ELEMENT_SIZES,
     TABLE,
+    Compiled,
     Resources,
     compile_kernel,
     kernels,
@@ -68,6 +70,22 @@ def test_nothing_in_the_table_is_spilled():
         assert uses.spill_stores == uses.spill_loads == uses.stack == 0, name
 
 
+def test_the_table_is_of_the_pinned_triton():
+    """With another, nothing would be held against it."""
+    pins = (Path(__file__).resolve().parents[1] / "constraints.txt").read_text(encoding="utf-8")
+    assert f"\ntriton=={json.loads(TABLE.read_text(encoding='utf-8'))['triton']}\n" in pins
+
+
+def test_the_table_is_written_as_it_is_committed(monkeypatch, tmp_path):
+    uses = read_table()
+    monkeypatch.setattr(triton_compile, "compile_kernel", lambda *kernel: Compiled("", "", uses[name_of(*kernel)]))
+    monkeypatch.setattr(triton_compile, "TABLE", tmp_path / TABLE.name)
+    triton_compile.main()
+    assert (tmp_path / TABLE.name).read_text() == TABLE.read_text().replace(
+        json.loads(TABLE.read_text())["triton"], triton.__version__
+    )
+
+
 def test_the_table_says_how_many_programs_an_sm_runs():
     rows = json.loads(TABLE.read_text(encoding="utf-8"))["kernels"]
     for kernel in kernels():
@@ -77,7 +95,7 @@ def test_the_table_says_how_many_programs_an_sm_runs():
 
 @pytest.mark.parametrize(
     ("registers", "shared", "num_warps", "programs"),
-    [(255, 164896, 8, 1), (200, 82976, 4, 2), (128, 1000, 8, 2), (32, 0, 4, 16), (16, 0, 1, 32), (129, 0, 4, 3)],
+    [(64, 164896, 8, 1), (64, 77824, 4, 2), (128, 1000, 8, 2), (32, 0, 4, 16), (16, 0, 1, 32), (129, 0, 4, 3)],
     ids=["shared", "shared-with-its-reserve", "registers", "warps", "programs", "registers-in-units-of-8"],
 )
 def test_programs_of_an_sm_are_limited_by(registers, shared, num_warps, programs):
@@ -93,8 +111,11 @@ def test_worse_is_named():
 
 
 @pytest.mark.parametrize(("major", "tiles_of"), [(8, 80), (9, 90), (10, 100), (12, 80)], ids="sm_{}x".format)
-def test_every_gpu_gets_tiles_that_fit_it(major, tiles_of):
+def test_every_gpu_gets_tiles_that_fit_it(monkeypatch, major, tiles_of):
     assert generation(major) == tiles_of
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert triton_prefill.choose(torch.zeros(1, 64, dtype=dtype)) == configuration(tiles_of, 64, dtype.itemsize)
 
 
 def test_products_are_added_in_one_instruction_whatever_is_the_default(monkeypatch):
@@ -110,6 +131,7 @@ def test_products_are_added_in_one_instruction_whatever_is_the_default(monkeypat
     q = torch.zeros(1, 1, 200, 16)
     triton_prefill.triton_attention(q, q, q, [layout], [Category.SINK], SinkTemplate(), scale=1.0, max_keys=32)
     assert [options["enable_fp_fusion"] for options in asked] == [True, True]
+    assert asked[0]["PRECISION"] == "ieee"  # float32
 
 
 def test_interpreted_kernels_are_not_compiled():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import re
 import sys
 import time
 import traceback
@@ -22,22 +23,17 @@ Row = dict[str, Any]
 Cases = dict[str, Callable[[], Row]]
 # The exit status of a part whose process can use the GPU no more, and of one that has measured its one row.
 POISONED, NEXT = 3, 4
-# What the errors say after which a process must end: torch's, JAX's and Triton's words for a failed launch.
-_STICKY = (
-    "CUDA error",
-    "CUDA_ERROR_ILLEGAL",
-    "CUDA_ERROR_LAUNCH",
-    "CUDA_ERROR_MISALIGNED",
-    "illegal memory access",
-    "illegal instruction",
-    "misaligned address",
-    "unspecified launch failure",
+# Errors after which CUDA wants a new process: torch's first words, JAX's codes, the driver's text as Triton gives it.
+_STICKY = re.compile(
+    "CUDA error|CUDA_ERROR_(ASSERT|HARDWARE|ILLEGAL|INVALID_(ADDRESS_SPACE|PC)|LAUNCH_(FAILED|TIMEOUT)|MISALIGNED)"
+    "|device-side assert|hardware stack error|illegal instruction|illegal memory access|invalid program counter"
+    "|launch timed out|misaligned address|on global/shared address space|uncorrectable|unspecified launch failure"
 )
 
 
 def is_sticky(said: str) -> bool:
     """Whether an error says that this process can use the GPU no more."""
-    return any(words in said for words in _STICKY)
+    return _STICKY.search(said) is not None
 
 
 def note_of(error: Exception) -> str:

@@ -195,7 +195,10 @@ def _attention(rows: list[Row]) -> str:
         )
     denominators = sorted({row["denominator"] for row in rows if "denominator" in row})
     head = ["one layer (ms)", "ours", "dense", "speed-up", "bound", "FlexAttention", "varlen", "TFLOP/s"]
-    said = f"Dense, the denominator, is {'; '.join(denominators)}. The bound is kept pairs at the dense kernel's rate."
+    said = "No dense kernel was measured beside these: there is no speed-up, and no bound."
+    if denominators:
+        said = f"Dense, the denominator, is {'; '.join(denominators)}."
+        said += " The bound is kept pairs at the dense kernel's rate."
     text = f"{_table(head, body)}\n\n{said}"
     costs = [
         f"{row['case'].removesuffix(': plan')}: {row['plan_ms']:.2f} + {row['work_ms']:.2f} a prompt, "
