@@ -133,7 +133,7 @@ def write(
             f"an answer goes on from the logits of the last tokens, [B, V]. Got {start.logits.shape}. Prefill without "
             "all_logits."
         )
-    logits, cache, key = start.logits, start.cache, jax.random.key(seed)
+    logits, cache, key = start.logits, start.cache, jax.random.key(seed, impl="threefry2x32")
     written: list[np.ndarray] = []
     ended = np.zeros(cache.batch, dtype=bool)
     while True:

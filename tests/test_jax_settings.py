@@ -40,6 +40,14 @@ def test_a_prompt_and_an_answer(strict):
     generate(model.params, in_numpy(inputs), max_new_tokens=2, temperature=1.0, top_k=5, top_p=1.0, eos=())
 
 
+def test_a_seed_is_the_same_whatever_draws_the_callers_numbers():
+    model, inputs = twin(FAMILY), in_numpy(make_inputs(FAMILY, [make_ids(2)]))
+    options = dict(max_new_tokens=8, temperature=5.0, seed=3, eos=())
+    want = generate(model.params, inputs, **options)
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(generate(model.params, inputs, **options), want)
+
+
 def test_a_prompt_with_doubles_on():
     model, inputs = twin(FAMILY), make_inputs(FAMILY, [make_ids(2)])
     with jax.enable_x64(True):
