@@ -105,8 +105,8 @@ def sparse_prefill(
             Default: "pallas" where the weights are on CUDA devices, "portable" elsewhere.
 
     Raises:
-        ValueError: `inputs` are malformed (see `read_inputs`), do not fit into the cache, or a profile is needed and
-            there is none; an unknown `impl`.
+        ValueError: `inputs` are malformed (see `read_inputs`) or do not fit into the cache or the capacity; the cache
+            was consumed, or a capacity is given beside it; a profile is needed and there is none; an unknown `impl`.
         NotImplementedError, ImportError: the Pallas kernel cannot serve this GPU, dtype, head dimension or jax.
     """
     config, mesh = params.config, params.mesh
