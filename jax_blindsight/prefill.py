@@ -167,8 +167,10 @@ def _capacity(asked: int | None, n: int) -> int:
     """Slots of a new cache, a bucket that holds the prompt's."""
     if asked is None:
         asked = n + ROOM
-    if asked < n:
-        raise ValueError(f"capacity must be at least the prompt's {n} tokens, padding included. Got {asked}.")
+    if not isinstance(asked, int | np.integer) or asked < n:
+        raise ValueError(
+            f"capacity must be an integer of at least the prompt's {n} tokens, padding included. Got {asked!r}."
+        )
     return bucket(asked)
 
 
