@@ -19,6 +19,7 @@ from jax_blindsight.held_out import HeldOut
 from jax_blindsight.inputs import as_arrays
 from jax_blindsight.observe import observe, observer_of
 from jax_blindsight.params import Params
+from jax_blindsight.prefill import implementation_for
 from jax_blindsight.settings import with_own_settings
 from jax_blindsight.sharding import DATA
 from jax_blindsight.sinks import measure_sinks
@@ -92,13 +93,14 @@ def calibrate(
             local_block; a state is of another model, template or rankings, or another run writes it; the weights were
             changed since `load`, or lie on a mesh whose data axis is more than 1; an unknown `impl`.
         NotImplementedError, ImportError: see `sparse_prefill`.
-        OSError: the state cannot be written.
+        OSError: a state cannot be read or written.
     """
     params.require_loaded()
     _check_mesh(params)
     limit = budget_of(budget, thresholds)
     check_local_block(template, local_block)
     check_dataset(dataset)
+    implementation_for(params, impl)  # refuses what cannot be, before any prompt
     rankings, split = rankings_for(limit), None if limit is None else _split(held_out)
     with one_writer(state):
         collector = Collector(

@@ -143,6 +143,7 @@ def load(
         ValueError: not a whole checkpoint folder of a supported family, a wrong dtype, or a mesh that does not fit.
         NotImplementedError: the configuration asks for something that the JAX models do not compute.
         ProfileError: the profile is damaged or belongs to another model.
+        OSError: the profile or a file of the checkpoint cannot be read.
     """
     folder = _local(path)
     if dtype != "auto" and dtype not in _DTYPES:

@@ -105,8 +105,8 @@ def sparse_prefill(
             Default: "pallas" where the weights are on CUDA devices, "portable" elsewhere.
 
     Raises:
-        ValueError: `inputs` are malformed (see `read_inputs`), do not fit into the cache, or a profile is needed and
-            there is none; an unknown `impl`.
+        ValueError: `inputs` are malformed (see `read_inputs`) or do not fit into the cache or the capacity; the cache
+            was consumed, or a capacity is given beside it; a profile is needed and there is none; an unknown `impl`.
         NotImplementedError, ImportError: the Pallas kernel cannot serve this GPU, dtype, head dimension or jax.
     """
     config, mesh = params.config, params.mesh
@@ -167,8 +167,10 @@ def _capacity(asked: int | None, n: int) -> int:
     """Slots of a new cache, a bucket that holds the prompt's."""
     if asked is None:
         asked = n + ROOM
-    if asked < n:
-        raise ValueError(f"capacity must be at least the prompt's {n} tokens, padding included. Got {asked}.")
+    if not isinstance(asked, int | np.integer) or asked < n:
+        raise ValueError(
+            f"capacity must be an integer of at least the prompt's {n} tokens, padding included. Got {asked!r}."
+        )
     return bucket(asked)
 
 

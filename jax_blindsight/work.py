@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from blindsight_kernels.checks import check_window
 from jax_blindsight.buckets import power_of_two
 from shared_profiles import Category, Layout, SinkTemplate, image_tiles, packed_positions
 from shared_profiles.layout import concatenated_ranges
@@ -247,5 +248,4 @@ def check_layouts(
             "0 <= q_start <= n_tokens <= min(q_start + n_queries, n_keys) must hold. Got "
             f"{q_start}, {n_tokens}, {q_start} + {n_queries}, {n_keys}. Take larger buckets."
         )
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, or None. Got {window}.")
+    check_window(window)

@@ -29,6 +29,11 @@ def is_integer(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a real number of Python's or NumPy's, not a bool."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
 def same_fields(a: Any, b: Any) -> bool:
     """Whether two instances of one dataclass are equal, with arrays and dicts of arrays compared by value."""
     return type(a) is type(b) and all(_same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))

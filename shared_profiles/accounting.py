@@ -48,6 +48,7 @@ def count_pairs(layout: Layout, category: Category, template: SinkTemplate, *, w
 
     Counted row by row from the definition's intervals, in O(N) memory.
     """
+    category = Category(category)  # equal numbers share what the cache keeps
     first_seen = (lambda rows, lo: lo) if window is None else (lambda rows, lo: np.maximum(lo, rows - window + 1))
     textual = layout.textual_rows
     text_rows = int((textual + 1 - first_seen(textual, layout.start)).sum())

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_profiles._values import rounded
+from shared_profiles._values import is_number, rounded
 from shared_profiles.categories import Category
 from shared_profiles.classifier import Thresholds, check_quantile, classify
 from shared_profiles.measured import Measure
@@ -45,8 +45,7 @@ class Budget:
     ranking: str = "gradient"
 
     def __post_init__(self) -> None:
-        number = isinstance(self.kl, int | float | np.floating) and not isinstance(self.kl, bool)
-        if not number or not math.isfinite(self.kl) or self.kl < 0:
+        if not is_number(self.kl) or not math.isfinite(self.kl) or self.kl < 0:
             raise ValueError(f"the budget must be a finite number of nats, at least 0. Got {self.kl!r}. Try 0.01.")
         object.__setattr__(self, "kl", rounded(self.kl))
         check_ranking(self.ranking)

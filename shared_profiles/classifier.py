@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shared_profiles._values import rounded
+from shared_profiles._values import is_number, rounded
 from shared_profiles.categories import SPARSE, Category
 from shared_profiles.summary import LEVELS, Summary
 
@@ -52,8 +52,7 @@ class Thresholds:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             upper = math.inf if name.startswith("alpha") else 1.0
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not 0 <= value <= upper:
+            if not is_number(value) or not math.isfinite(value) or not 0 <= value <= upper:
                 wanted = "finite and at least 0" if upper == math.inf else "in [0, 1]"
                 raise ValueError(f"{name} must be a number {wanted}. Got {value!r}. Pick another.")
             object.__setattr__(self, name, rounded(value))

@@ -52,6 +52,7 @@ def category_mask(
     Returns:
         `[T, S]` bool with `T = q_stop - q_start` and `S = n_tokens`; rows of padding are all False.
     """
+    category = Category(category)
     q_stop = layout.n_tokens if q_stop is None else q_stop
     keys = np.arange(layout.n_tokens)  # [S]
     exists = (keys >= layout.start) & (keys < min(layout.stop, q_stop))

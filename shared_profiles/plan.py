@@ -46,7 +46,7 @@ class Tiles:
 
 def packed_positions(layout: Layout, category: Category, template: SinkTemplate) -> np.ndarray:
     """Positions of the packed keys of a category, ascending: text, text and sinks, or nothing for `DENSE`."""
-    match category:
+    match Category(category):
         case Category.DENSE:
             return np.zeros(0, dtype=np.int64)
         case Category.INTRA_IMAGE:
@@ -76,6 +76,7 @@ def image_tiles(
         window: sliding window in tokens.
         q_start, q_stop: the queries `[q_start, q_stop)`, default all.
     """
+    category = Category(category)
     q_stop = layout.n_tokens if q_stop is None else q_stop
     begin, first, last, _ = (column[:, None] for column in layout.images.T)
     rows = tile_rows or int(max((last - first).max(initial=1), 1))
@@ -148,7 +149,7 @@ class Plan:
 
     def packed(self, category: Category) -> np.ndarray:
         """Positions of the packed keys that a head of this category reads."""
-        if category is Category.DENSE:
+        if (category := Category(category)) is Category.DENSE:
             return self.packed_text[:0]
         return self.packed_text if category is Category.INTRA_IMAGE else self.packed_sinks
 

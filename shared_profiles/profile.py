@@ -96,8 +96,9 @@ class Profile:
     @classmethod
     def uniform(cls, category: Category, fingerprint: Fingerprint, template: SinkTemplate | None = None) -> Profile:
         """A profile that gives every head the same category: for trying things out, and as a baseline."""
+        category = Category(category)
         categories = np.full((fingerprint.n_layers, fingerprint.n_heads), category, dtype=np.int8)
-        choice = {"method": "manual", "category": Category(category).name}
+        choice = {"method": "manual", "category": category.name}
         return cls(categories, template or SinkTemplate(), fingerprint, None, choice)
 
     def __eq__(self, other: object) -> bool:

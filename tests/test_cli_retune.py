@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from blindsight_cli import profile_main
+from blindsight_cli.commands.calibrate import tell_choice
 from blindsight_cli.main import app
 from shared_profiles import Category
 from shared_profiles.budget import Budget, chosen_point, retune
 from shared_profiles.classifier import Thresholds, classify
-from shared_profiles.profile import Fingerprint, Profile
+from shared_profiles.profile import CurvePoint, Fingerprint, Profile
 from tiny_checkpoints import save_checkpoint, save_prompts
 
 
@@ -167,3 +171,19 @@ def test_what_calibrate_refuses(checkpoint: Path, prompts: Path, tmp_path: Path)
         assert message in " ".join(result.stderr.replace("│", " ").split()), result.stderr
     assert not out.exists()
     assert Budget().ranking == "gradient"
+
+
+def test_help_of_retune_states_no_budget_that_it_does_not_take(profile: Path) -> None:
+    options = inspect.signature(profile_main.retune, eval_str=True).parameters
+    assert options["budget"].annotation.__metadata__[0].show_default is True, "none is stated"
+    result = blindsight("profile", "retune", profile)
+    assert result.exit_code == 2 and "choose by --budget or by thresholds" in result.stderr
+
+
+def test_a_choice_that_changes_tokens_is_not_laid_to_few_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    print_ = Fingerprint("qwen2_5_vl", 2, 4, 2, 16, "sha256:" + "5e" * 32)
+    choice = {"method": "budget", "budget": 1.0, "reached": True}
+    for n, told in ((24, "so few prompts hide what is rare"), (840, "these are many that changed")):
+        point = CurvePoint(0.5, 0.3, agreement=0.875, n_prompts=n, heads=("IIII", "IIII"), n_images=(2, 6))
+        tell_choice(replace(Profile.uniform(Category.INTRA_IMAGE, print_), choice=choice, curve=(point,)))
+        assert told in capsys.readouterr().err

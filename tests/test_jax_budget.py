@@ -205,5 +205,7 @@ def test_what_cannot_be_searched_is_refused():
         jax_blindsight.calibrate(params, [], thresholds=Thresholds(quantile=0.33), **QUIET)
     with pytest.raises(ValueError, match=r"dataset must be the data's name, a string that is not empty\. Got None"):
         jax_blindsight.calibrate(params, [], dataset=None, **QUIET)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        jax_blindsight.calibrate(params, [], impl="nothing", **QUIET)
     with pytest.raises(ValueError, match="local_block must be left out where a template is given"):
         jax_blindsight.calibrate(params, [], local_block=16, **QUIET)

@@ -176,8 +176,10 @@ def cache():
 
 def test_what_does_not_fit_into_the_cache(cache):
     params, inputs = twin(QWEN).params, prompt(QWEN)
-    with pytest.raises(ValueError, match=r"capacity must be at least the prompt's 46 tokens.*Got 45"):
-        sparse_prefill(params, inputs, capacity=45)
+    for capacity in (45, 64.5, "64"):
+        what = rf"capacity must be an integer of at least the prompt's 46 tokens.*Got {capacity!r}"
+        with pytest.raises(ValueError, match=what):
+            sparse_prefill(params, inputs, capacity=capacity)
     with pytest.raises(ValueError, match=r"keeps its capacity of 128. Got capacity=200"):
         sparse_prefill(params, inputs, cache=cache, capacity=200)
     text = {"input_ids": np.full((1, 83), 9)}

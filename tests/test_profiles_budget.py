@@ -182,6 +182,7 @@ def test_a_budget_that_buys_nothing_is_marked(kl):
 
 def test_a_budget_may_be_a_number_of_numpy():
     assert Budget(np.float32(0.1)) == Budget(np.float64(0.1)) == Budget(0.1)
+    assert Budget(np.int64(1)) == Budget(1.0)
 
 
 @pytest.mark.parametrize("kl", [-1e-9, math.nan, math.inf, "0.1", True])

@@ -131,6 +131,11 @@ def test_thresholds_are_what_a_profile_stores():
         assert chosen(summary([0.812346], [0.0], [1.0]), gamma_sink=gamma) == [SINK]
 
 
+def test_thresholds_may_be_numbers_of_numpy():
+    given = Thresholds(gamma_sink=np.float32(0.8), alpha_last=np.int64(2), quantile=np.float16(0.25))
+    assert given == Thresholds(gamma_sink=0.8, alpha_last=2.0, quantile=0.25)
+
+
 @pytest.mark.parametrize("name", [*GAMMAS, "quantile"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf"), "0.9", None, True])
 def test_fractions_are_refused_outside_their_range(name, value):

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared_profiles import Category, Layout, SinkTemplate, build_plan, category_mask, count_pairs
+from shared_profiles import (
+    Category,
+    Layout,
+    SinkTemplate,
+    build_plan,
+    category_mask,
+    count_pairs,
+    image_tiles,
+    packed_positions,
+)
 from strategies import chunks, layouts, pruned_layouts, templates, windows
 
 
@@ -107,6 +116,28 @@ def test_300k_tokens_plan_is_small_quick_and_cached():
     assert plan.nbytes < 1_000_000
     assert min(seconds) < 0.1, "a loose bound for shared machines; `blindsight bench plan` measures"
     assert build_plan(long_prompt(300_000 - 4, 150), template) is plan
+
+
+def test_a_category_may_be_a_number_but_no_other_thing():
+    """As a profile's table has it; a name, as its file has it, had another category's mask and counts."""
+    template = SinkTemplate(local_block=8)
+    stored = np.array(list(Category), dtype=np.int8)
+    layout = long_prompt(100, 3)
+    plan = build_plan(layout, template, tile_rows=8)
+    for category, number in zip(Category, stored, strict=True):
+        mask = category_mask(layout, category, template)
+        for asked in (number, category):  # the first to ask fills the cache for both
+            assert count_pairs(layout, asked, template).total == mask.sum()
+        np.testing.assert_array_equal(category_mask(layout, number, template), mask)
+        packed = packed_positions(layout, category, template)
+        np.testing.assert_array_equal(packed_positions(layout, number, template), packed)
+        np.testing.assert_array_equal(plan.packed(number), packed)
+        ours, theirs = (image_tiles(layout, c, template, packed) for c in (number, category))
+        np.testing.assert_array_equal(ours.lo, theirs.lo)
+    for wrong in ("SINK", 4, None):
+        for function in (category_mask, packed_positions, count_pairs):
+            with pytest.raises(ValueError, match=r"a category must be one of 0 DENSE, .* Got .*take Category\[name\]"):
+                function(layout, wrong, template)
 
 
 def test_refusals():

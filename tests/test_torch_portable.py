@@ -180,8 +180,8 @@ def check_gradients(layout: Layout, *, trained: str = "qkv", window: int | None 
 def test_refusals():
     layout = three_images(False)
     q, k, v = draw_inputs(0, 1, 4, 2, 311, 311, 16, torch.float32)
-    call = lambda q=q, k=k, v=v, layouts=(layout,), categories=(3,) * 4: portable_attention(  # noqa: E731
-        q, k, v, layouts, categories, SinkTemplate(), scale=1.0
+    call = lambda q=q, k=k, v=v, layouts=(layout,), categories=(3,) * 4, window=None: portable_attention(  # noqa: E731
+        q, k, v, layouts, categories, SinkTemplate(), scale=1.0, window=window
     )
     wrong = dict(q=q[:, :3]), dict(q=q[0]), dict(q=q[..., :8]), dict(v=v[:, :1]), dict(k=k[:, :0], v=v[:, :0])
     for arrays in (*wrong, dict(q=q.expand(2, -1, -1, -1), layouts=(layout,) * 2)):
@@ -195,3 +195,8 @@ def test_refusals():
         call(k=k[:, :, :300], v=v[:, :, :300])
     with pytest.raises(ValueError, match="one category per query head"):
         call(categories=(3,))
+    for category in (0.5, 4):  # a half was DENSE
+        with pytest.raises(ValueError, match="a category must be one of 0 DENSE"):
+            call(categories=(3, 3, 3, category))
+    with pytest.raises(ValueError, match="window must be at least 1, or None"):
+        call(window=0)

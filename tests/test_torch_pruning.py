@@ -360,13 +360,17 @@ def test_refusals():
     for kept, message in [*wrong, ((True,) * n, "take np.flatnonzero"), ((n - 1, n - 1), "each once")]:
         with patch(model, profile, pruner=Fixed(kept, 2)), pytest.raises(ValueError, match=message):
             model(**prompt)
-    for layer in (-1, 4):
+    for layer in (-1, 4, 1.5):
         with pytest.raises(ValueError, match=rf"must be one of the model's 4. Got {layer}"):
             patch(model, profile, pruner=Fixed((0,), layer))
+    for none in (DivPrune, 0.5, lambda seen: seen):
+        with pytest.raises(ValueError, match=r"must be an object with a layer, .* like DivPrune\(0.5\)"):
+            patch(model, profile, pruner=none)
     with pytest.raises(ValueError, match="a pruner needs a profile"):
         patch(model, pruner=DivPrune(0.5))
     for share in (0, -1, 1.01):
         with pytest.raises(ValueError, match=r"share must be in \(0, 1\]"):
             DivPrune(share)
-    with pytest.raises(ValueError, match="layer must be at least 1"):
-        FastV(0.5, 0)
+    for layer in (0, 1.5):
+        with pytest.raises(ValueError, match="layer must be an integer of at least 1"):
+            FastV(0.5, layer)

@@ -36,7 +36,7 @@ NAME = "blindsight"
 # this, later rows are masked by wrong parts of it, and nothing says so (pytorch issue 187227).
 MOST_MASKED_PAIRS = 1 << 32
 
-# Attends for one layer: (layer, q [B,H,T,D], k [B,K,S,D], v, scale, window) -> [B,T,H,D] contiguous.
+# Attends for one layer: (prefill, layer, q [B,H,T,D], k [B,K,S,D], v, scale, window) -> [B,T,H,D] contiguous.
 AttendLayer = Callable[["Prefill", int, Tensor, Tensor, Tensor, float, int | None], Tensor]
 
 

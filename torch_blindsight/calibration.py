@@ -99,7 +99,7 @@ def calibrate(
             cannot be; template and local_block; a state is of another model, template or rankings, or another run
             writes it; the processes of a group were given different prompts.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
-        OSError: the state cannot be written.
+        OSError: a state cannot be read or written.
     """
     if getattr(model, HANDLE, None) is not None:
         raise ValueError("the model must not be patched while it is calibrated. Call unpatch() on its handle first.")

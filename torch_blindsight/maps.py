@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from torch_blindsight.attention import AttendLayer, Prefill
 from torch_blindsight.implementations import Attend, Name
-from torch_blindsight.models import ModelInfo
 from torch_blindsight.modes import Mode
 from torch_blindsight.prompts import Dense
 from torch_blindsight.sinks import observing
@@ -28,7 +27,7 @@ class MapMode:
         maps: per (layer, head), `[N, N]` float32.
     """
 
-    def __init__(self, info: ModelInfo, attend: Attend, heads: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, attend: Attend, heads: Sequence[tuple[int, int]]) -> None:
         self._attend, self._heads = attend, heads
         self.layout: Layout | None = None
         self.maps: dict[tuple[int, int], np.ndarray] = {}
@@ -83,7 +82,7 @@ def attention_maps(
         ValueError: the prompt is malformed, too long to draw, or has fewer than two images; or the model is patched.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
     """
-    with observing(model, lambda info, attend: MapMode(info, attend, heads), impl) as mode:
+    with observing(model, lambda _, attend: MapMode(attend, heads), impl) as mode:
         model(**prompt, use_cache=False, logits_to_keep=1)
     if mode.layout is None:
         raise ValueError("a drawn prompt must have at least two images. Got fewer.")

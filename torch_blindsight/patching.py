@@ -70,6 +70,7 @@ class Handle:
         info: its attention-relevant facts.
         mode: how the next prefill is computed.
         implementation: what computes its attention.
+        asked: what `patch` was asked for, to know the same call again.
         kept: positions that the latest pruned prompt went on with, None before the first.
     """
 
@@ -324,9 +325,9 @@ def patch(
         break_even: run prompts dense that are too short to gain (`break_even.py` has the rule). False: all multi-image
             prompts run sparse, for comparisons.
         pruner: drops tokens of every prompt with images, before the language model or between two layers; for decode
-            steps positions go on from the whole prompt's length. Then prompts with images come one at a time, whole
-            and unpadded, logits have a row per kept token, and a cache is of use under this patch only. Whether
-            sparsity pays is judged by the whole prompt; one that does not run sparse is pruned all the same.
+            steps positions go on from the whole prompt's length. Then prompts with images come one at a time, whole,
+            unpadded, on a dynamic cache, logits have a row per kept token, and a cache is of use under this patch only.
+            Whether sparsity pays is judged by the whole prompt; one that does not run sparse is pruned all the same.
 
     Returns:
         The handle of the patch. Patching again with the same arguments, profile and weights returns the same handle.
@@ -334,9 +335,10 @@ def patch(
 
     Raises:
         ValueError: not a supported model; the model is patched already, and not like this; a template other than the
-            profile's; processes with different profiles; a pruner without a profile, or of a layer that the model
-            does not have.
+            profile's; processes with different profiles; what is no pruner, one without a profile, or of a layer that
+            the model does not have; no profile and `measure_prompts` below 1.
         ProfileError: the profile is damaged or belongs to another model.
+        OSError: the profile cannot be read.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model: its device, dtype or
             head dimension, Triton itself, or a tensor-parallel model with a pruner or no profile; or the model's text
             looks both ways.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from blindsight_kernels.checks import check_arrays, check_categories, check_keys, check_layouts
+from blindsight_kernels.checks import check_arrays, check_categories, check_keys, check_layouts, check_window
 from shared_profiles import Category, Layout, SinkTemplate
 from torch_blindsight.blocks import Call, Rows
 from torch_blindsight.fused import attend, attend_backward
@@ -52,13 +52,14 @@ def portable_attention(
         (float64 for float64). Rows of padding are zero and `-inf`. Only the outputs can be differentiated, once.
 
     Raises:
-        ValueError: shapes, devices or layouts do not fit together.
+        ValueError: shapes, devices or layouts do not fit together; no such category; a window below 1.
     """
     check_arrays(q, k, v)
     check_layouts(layouts, q.shape[0], q_start, q.shape[2])
     check_keys(k.shape[2], q_start + q.shape[2])
     check_categories(categories, q.shape[1])
-    prefill = _Prefill(tuple(layouts), np.array(categories), template, scale, window, q_start)
+    check_window(window)
+    prefill = _Prefill(tuple(layouts), np.array(list(map(Category, categories))), template, scale, window, q_start)
     return _Attention.apply(q, k, v, prefill)
 
 

@@ -57,7 +57,7 @@ class FastV:
         layer: first layer that sees fewer tokens, at least 1 (the paper's K; 2 there).
 
     Raises:
-        ValueError: no such share, or layer 0, before which there is no attention.
+        ValueError: no such share, or no such layer: before layer 0 there is no attention.
     """
 
     share: float
@@ -65,8 +65,10 @@ class FastV:
 
     def __post_init__(self) -> None:
         _check_share(self.share)
-        if self.layer < 1:
-            raise ValueError(f"layer must be at least 1: FastV looks at the layer before. Got {self.layer}.")
+        if not isinstance(self.layer, int | np.integer) or self.layer < 1:
+            raise ValueError(
+                f"layer must be an integer of at least 1: the layer before is looked at. Got {self.layer}."
+            )
 
     def __call__(self, seen: Seen) -> np.ndarray:
         """See `Pruner`."""

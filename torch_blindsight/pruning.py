@@ -130,12 +130,18 @@ class Pruning:
         pruner: chooses the tokens.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model has no such layer, or this is no pruner.
     """
 
     def __init__(self, model: nn.Module, info: ModelInfo, pruner: Pruner) -> None:
-        if not 0 <= pruner.layer < info.n_layers:
-            raise ValueError(f"a pruner's layer must be one of the model's {info.n_layers}. Got {pruner.layer}.")
+        layer = getattr(pruner, "layer", None)
+        if isinstance(pruner, type) or not callable(pruner) or layer is None:
+            raise ValueError(
+                "a pruner must be an object with a layer, to be called with a prompt, like DivPrune(0.5). "
+                f"Got {pruner!r:.200}."
+            )
+        if not isinstance(layer, int | np.integer) or not 0 <= layer < info.n_layers:
+            raise ValueError(f"a pruner's layer must be one of the model's {info.n_layers}. Got {layer}.")
         self.pruner, self._info = pruner, info
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]  # of every transformers model
         self._layers = [next(m for m in model.modules() if getattr(m, "self_attn", 0) is a) for a in info.attentions]

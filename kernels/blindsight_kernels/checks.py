@@ -76,3 +76,13 @@ def check_categories(categories: Sequence[int] | np.ndarray, n_heads: int) -> No
     """
     if len(categories) != n_heads:
         raise ValueError(f"categories must hold one category per query head, H={n_heads}. Got {len(categories)}.")
+
+
+def check_window(window: int | None) -> None:
+    """Refuses a sliding window in which a token does not even see itself.
+
+    Raises:
+        ValueError: it is less than 1.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, or None. Got {window}.")

@@ -25,7 +25,6 @@ from blindsight_cli.options import (
     AlphaFirst,
     AlphaLast,
     Backend,
-    BudgetOption,
     Checkpoint,
     Device,
     Dtype,
@@ -35,7 +34,7 @@ from blindsight_cli.options import (
     Json,
     ProfileOption,
     Quantile,
-    RankingOption,
+    Ranking,
     ThresholdsOption,
     typed_thresholds,
 )
@@ -139,8 +138,17 @@ def calibrate(
         typer.Option(help="Count the statistics of another machine's --state, too; repeat for more.", dir_okay=False),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Take only the first prompts.", min=1)] = None,
-    budget: BudgetOption = None,
-    ranking: RankingOption = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Allowed KL divergence of the next token, in nats, for any number of images; the default way.",
+            show_default="0.01",
+        ),
+    ] = None,
+    ranking: Annotated[
+        Ranking | None,
+        typer.Option(help="What orders the heads for a budget.", show_default="gradient (one backward pass a prompt)"),
+    ] = None,
     held_out: Annotated[
         float | None,
         typer.Option(
@@ -291,7 +299,7 @@ def analyze(
     checkpoint: Checkpoint,
     data: Annotated[
         Path | None,
-        typer.Argument(metavar="[PROMPTS]", help="JSONL of prompts, as for calibrate.", exists=True, dir_okay=False),
+        typer.Argument(metavar="PROMPTS", help="JSONL of prompts, as for calibrate.", exists=True, dir_okay=False),
     ] = None,
     puzzles: Annotated[int | None, typer.Option(help="Take so many synthetic puzzles instead.", min=1)] = None,
     profile: ProfileOption = None,

@@ -22,19 +22,10 @@ Dtype = Annotated[
 ]
 Backend = Annotated[Literal["torch", "jax"], typer.Option(help="The framework that runs the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one")]
-BudgetOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Allowed KL divergence of the next token, in nats, for any number of images; the default way to choose.",
-        show_default="0.01",
-    ),
-]
-RankingOption = Annotated[
-    Literal["gradient", "residual", "error"] | None,
-    typer.Option(help="What orders the heads for a budget.", show_default="gradient (one backward pass a prompt)"),
-]
+Ranking = Literal["gradient", "residual", "error"]
 ThresholdsOption = Annotated[
-    bool, typer.Option("--thresholds", help="Choose by retained mass instead; so do the options below.")
+    bool,
+    typer.Option("--thresholds", help="Choose by retained mass instead; so do the gammas, alphas and the quantile."),
 ]
 GammaSink = Annotated[float | None, typer.Option(help="Mass that SINK must retain.", min=0, max=1, show_default="0.95")]
 GammaIntra = Annotated[

@@ -12,7 +12,6 @@ from blindsight_cli.options import (
     AlphaFirst,
     AlphaLast,
     Backend,
-    BudgetOption,
     Device,
     GammaDense,
     GammaIntra,
@@ -20,7 +19,7 @@ from blindsight_cli.options import (
     Json,
     ProfileFile,
     Quantile,
-    RankingOption,
+    Ranking,
     ThresholdsOption,
     typed_thresholds,
 )
@@ -66,7 +65,10 @@ def diff(before: ProfileFile, after: ProfileFile, as_json: Json = False) -> int:
 @guarded
 def retune(
     file: ProfileFile,
-    budget: BudgetOption = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Allowed KL divergence of the next token, in nats, for any number of images."),
+    ] = None,
     thresholds: ThresholdsOption = False,
     gamma_sink: GammaSink = None,
     gamma_intra: GammaIntra = None,
@@ -81,7 +83,13 @@ def retune(
             help="Measure on these prompts, not those it was made from; points measured on others leave its curve.",
         ),
     ] = None,
-    ranking: RankingOption = None,
+    ranking: Annotated[
+        Ranking | None,
+        typer.Option(
+            help="What orders the heads; with --budget and --verify.",
+            show_default="what ordered them before, else the best there is",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The new profile.", show_default="in place of the old one")] = None,
     backend: Backend = "torch",
     device: Device = None,

@@ -213,7 +213,9 @@ def tell_choice(profile: Profile) -> None:
             f"{point.agreement:.1%} of the next tokens the same (95% interval: at least {low:.1%})"
         )
         if low < _SURE:
-            note("so few prompts hide what is rare: hold out more, or run `blindsight eval` before you rely on it")
+            few = least_agreement(1.0, point.n_prompts) < _SURE  # even if none had changed
+            doubt = "so few prompts hide what is rare: hold out more, or" if few else "these are many that changed:"
+            note(f"{doubt} run `blindsight eval` before you rely on it")
     elif not profile.categories.any():
         note("no head passed the thresholds: every prefill will run dense. Lower --gamma-dense, or --alpha-last.")
 
