@@ -125,11 +125,13 @@ def blindsight_attention(
         `[B, T, H, D]` contiguous, and None for the weights.
 
     Raises:
-        NotImplementedError: a dense forward that torch would compute wrongly, see `MOST_MASKED_PAIRS`.
+        NotImplementedError: a dense forward that torch would compute wrongly, see `MOST_MASKED_PAIRS`; a layer that
+            a backward pass computes again by itself.
     """
     if _runs_dense(module.config):
         # In training, layers may be computed again in the backward pass, outside of any forward.
         if not (torch.compiler.is_compiling() or module.training) and _in_progress.get() is not module.config:
+            _refuse_recomputing()
             _warn_of_a_bypass()
         if attention_mask is not None:
             check_masked(query.shape[2] * key.shape[2], query.device)
@@ -143,6 +145,19 @@ def blindsight_attention(
     if not torch.compiler.is_compiling() and current_prefill.get().differentiable:  # type: ignore[union-attr]
         return _prefill(query, key, value, layer, scale, sliding_window), None
     return prefill_op(query, key, value, layer, scale, sliding_window), None
+
+
+def _refuse_recomputing() -> None:
+    """Refuses a layer that is computed again in a backward pass: whether its prefill was sparse is no longer known.
+
+    Raises:
+        NotImplementedError: it is one.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise NotImplementedError(
+            "layers of a patched model in evaluation mode must not be checkpointed one by one: in the backward pass "
+            "nobody knows the prompt. Checkpoint the call of the whole model, or unpatch it."
+        )
 
 
 @cache
