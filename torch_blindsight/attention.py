@@ -51,6 +51,7 @@ class Prefill:
         config: the language model's configuration, which tells its layers from another model's.
         differentiable: whether torch can differentiate what `attend` does.
         layers: the layers that came by; the patch checks afterwards that all did.
+        padding: `[B, N]`, what masks were last asked for with, if anything.
     """
 
     layouts: list[Layout]
@@ -59,6 +60,7 @@ class Prefill:
     config: object
     differentiable: bool = False
     layers: list[int] = field(default_factory=list)
+    padding: Tensor | None = None
 
 
 current_prefill: ContextVar[Prefill | None] = ContextVar("blindsight_prefill", default=None)
@@ -236,17 +238,22 @@ prefill_op.register_autograd(_no_gradient)
 def blindsight_mask(*args, config: PreTrainedConfig, **kwargs) -> Tensor | None:
     """No mask for a prefill that BlindSight computes, transformers' SDPA mask for any other forward."""
     kwargs["config"] = config
-    if _runs_dense(config.get_text_config()):
-        mask = sdpa_mask(*args, **kwargs)
-        if mask is not None and not torch.compiler.is_compiling():
-            # `generate` makes a static cache's masks before the forward, which needs to know the padding in them.
-            mask._blindsight_made_of = kwargs.get("attention_mask")
-        return mask
-    if not torch.compiler.is_compiling() and current_prefill.get().layers:  # type: ignore[union-attr]
-        # Masks come before layers: that forward was interrupted, and this one did not come through the patched model.
-        announce(None)
-        return sdpa_mask(*args, **kwargs)
-    return None
+    compiling, sparse = torch.compiler.is_compiling(), not _runs_dense(config.get_text_config())
+    if sparse and not compiling:
+        prefill = current_prefill.get()
+        assert prefill is not None
+        prefill.padding = kwargs.get("attention_mask")
+        if prefill.layers:
+            # Masks come before layers: that forward was interrupted, and this one did not come by the patched model.
+            announce(None)
+            sparse = False
+    if sparse:
+        return None
+    mask = sdpa_mask(*args, **kwargs)
+    if mask is not None and not compiling:
+        # `generate` makes a static cache's masks before the forward, which needs to know the padding in them.
+        mask._blindsight_made_of = kwargs.get("attention_mask")
+    return mask
 
 
 def made_of(mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | Mapping[str, Tensor] | None:
@@ -261,6 +268,18 @@ def made_of(mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | Mapping[str,
         return mask
     padding: Tensor | None = parts[0]._blindsight_made_of  # type: ignore[attr-defined]
     return padding
+
+
+def lost_padding(interrupted: Prefill | None, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | None:
+    """The padding `[B, N]` that a forward's mask lacks, because it was made while a sparse prefill seemed in progress.
+
+    `generate` makes a static cache's masks before the forward. After a prefill that was interrupted before its layers,
+    by Ctrl-C, it gets those of a sparse one: None.
+    """
+    if interrupted is None or interrupted.layers:
+        return None
+    parts = mask.values() if isinstance(mask, Mapping) else [mask]
+    return interrupted.padding if all(part is None for part in parts) else None
 
 
 def register() -> None:
