@@ -160,6 +160,26 @@ def test_a_static_cache_in_inference_mode_is_unknown():
             assert handle.report()["forwards"] == {"dense: tokens in the cache are unknown": 1}
 
 
+def test_a_cache_that_hides_its_keys_is_unknown():
+    """A server's own, around another: what it holds may be replaced."""
+
+    class Around:
+        def __init__(self):
+            self.inner = DynamicCache()
+
+        def __getattr__(self, name):
+            if name == "layers":
+                raise AttributeError(name)
+            return getattr(self.inner, name)
+
+    model, cache, more = double_model("qwen2_vl"), Around(), torch.tensor([make_ids(1, seed=5)])
+    turn = dict(input_ids=more, position_ids=torch.arange(70, 70 + more.shape[1]).expand(3, 1, -1))
+    with patch(model, mixed_profile(model)) as handle:
+        model(**in_double(make_inputs("qwen2_vl", [make_ids(3)])), past_key_values=cache)
+        model(**turn, past_key_values=cache)
+        assert handle.report()["forwards"] == {"sparse": 1, "dense: tokens in the cache are unknown": 1}
+
+
 def test_chunks_of_gemma_on_a_static_cache():
     """Their masks say that images look both ways, but 5.17 leaves token_type_ids out; later ones pass them on."""
     model, inputs = double_model("gemma3"), in_double(make_inputs("gemma3", [make_ids(3)]))

@@ -134,9 +134,9 @@ def _keys_of(cache: Any) -> Tensor | None:
 
 
 def _untraceable(cache: Any) -> bool:
-    """Whether nobody counts the writes to a cache: a static one is written to in place, also in inference mode."""
+    """Whether nobody counts the writes to a cache: its keys are hidden, or static in inference mode."""
     keys = _keys_of(cache)
-    return keys is not None and keys.is_inference() and getattr(cache, "is_compileable", False)
+    return keys is None or (keys.is_inference() and getattr(cache, "is_compileable", False))
 
 
 def _state_of(keys: Tensor | None) -> tuple[object, ...]:
