@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tiny_models import FAMILIES, make_ids, make_inputs, make_model, mixed_profile, patch
 from torch_blindsight.attention import _warn_of_a_bypass
@@ -93,6 +95,25 @@ def test_a_language_model_in_training_mode_runs_dense(case):
         case.model.model.language_model.train()
         assert torch.equal(case.model(**case.inputs).logits, dense)
         assert handle.report()["forwards"] == {"dense: training mode": 1}
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "hooks"])
+def test_layers_that_are_checkpointed_one_by_one(case, reentrant):
+    """In evaluation mode: computed again in the backward pass, they would be dense, and their gradients wrong."""
+    forward = case.layer.forward
+    with patch(case.model, case.profile), torch.enable_grad():
+        want = torch.autograd.grad(case.model(**case.inputs).logits.sum(), case.layer.self_attn.q_proj.weight)
+        case.layer.forward = lambda *args, **kwargs: checkpoint(
+            partial(forward, **kwargs), *args, use_reentrant=reentrant
+        )
+        loss = case.model(**case.inputs).logits.sum()
+        with pytest.raises(NotImplementedError, match="must not be checkpointed one by one"):
+            loss.backward()
+        case.layer.forward = forward
+        again = lambda *_: case.model(**case.inputs).logits.sum()  # noqa: E731
+        case.model.zero_grad()
+        checkpoint(again, torch.zeros(1, requires_grad=True), use_reentrant=reentrant).backward()
+        torch.testing.assert_close(case.layer.self_attn.q_proj.weight.grad, *want)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")

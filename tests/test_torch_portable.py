@@ -159,6 +159,33 @@ def test_gradients_of_images_of_several_chunks(layout):
     check_gradients(layout)
 
 
+def test_arrays_in_any_order_of_memory():
+    """The fused CPU attention reads D as contiguous, whatever the strides say."""
+    plain = draw_inputs(3, 1, 4, 2, 500, 500, 16, torch.float64)
+    results = []
+    for arrays in (plain, [torch.stack([x, x + 9], dim=-1)[..., 0] for x in plain]):
+        leaves = [x.detach().requires_grad_() for x in arrays]
+        out, lse = portable_attention(*leaves, [SMALL], [3, 1, 2, 0], SinkTemplate(local_block=64), scale=0.25)
+        results.append([out, lse, *torch.autograd.grad(out.square().sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["create_graph", "torch.func"])
+def test_a_gradient_of_a_gradient_is_refused(nested):
+    """A penalty on gradients; that of a sum reaches the backward pass without a graph."""
+    q, k, v = draw_inputs(3, 1, 4, 2, 311, 311, 16, torch.float64)
+    arguments = [three_images(False)], [3, 1, 2, 0], SinkTemplate(local_block=64)
+    loss = lambda q: portable_attention(q, k, v, *arguments, scale=0.25)[0].sum()  # noqa: E731
+    with pytest.raises(NotImplementedError, match="differentiated once at most"):
+        if nested:
+            torch.func.grad(lambda q: torch.func.grad(loss)(q).square().sum())(q)
+        else:
+            q.requires_grad_()
+            (by_q,) = torch.autograd.grad(loss(q), q, create_graph=True)
+            by_q.square().sum().backward()
+
+
 def check_gradients(layout: Layout, *, trained: str = "qkv", window: int | None = None, q_start: int = 0) -> None:
     """Against autograd's own through a masked softmax, for heads of all categories, in a batch with an empty row."""
     n, template, categories = layout.n_tokens, SinkTemplate(local_block=64), [3, 1, 2, 0]

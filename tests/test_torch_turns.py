@@ -1,10 +1,13 @@
-"""What transformers takes in second turns, and what a patched model makes of it: token types, masks with holes."""
+"""What transformers takes in second turns, and what a patched model makes of it: token types, masks with holes.
+
+And what static caches hold of the prompts before.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from shared_profiles import FAMILIES
 from tiny_models import (
@@ -136,3 +139,85 @@ def test_tokens_that_an_assistant_proposes_do_not_read_the_whole_cache(monkeypat
     arguments = dict(input_ids=torch.tensor([[20, 21, 22]]), past_key_values=cache)
     with pytest.raises(Dense, match="no image tokens among the queries"):
         read_layouts(arguments, FAMILIES["qwen2_vl"], special)
+
+
+def test_a_static_cache_in_inference_mode_is_unknown():
+    """Nobody counts what is written to it there: it may have been filled anew, past the patch."""
+    model = double_model("qwen2_vl")
+    prompts = [make_ids(3), [*make_ids(2), *[20] * 21]]  # of one length
+    inputs = [in_double(make_inputs("qwen2_vl", [ids], seed=1)) for ids in prompts]
+    cache = StaticCache(config=model.config, max_cache_len=200)
+    more = torch.tensor([make_ids(1, seed=5)])
+    turn = dict(input_ids=more, position_ids=torch.arange(70, 70 + more.shape[1]).expand(3, 1, -1))
+    profile = mixed_profile(model)
+    with torch.inference_mode():
+        with patch(model, profile):
+            model(**inputs[0], past_key_values=cache)
+        cache.reset()
+        model(**inputs[1], past_key_values=cache)
+        with patch(model, profile) as handle:
+            model(**turn, past_key_values=cache)
+            assert handle.report()["forwards"] == {"dense: tokens in the cache are unknown": 1}
+
+
+def test_a_cache_that_hides_its_keys_is_unknown():
+    """A server's own, around another: what it holds may be replaced."""
+
+    class Around:
+        def __init__(self):
+            self.inner = DynamicCache()
+
+        def __getattr__(self, name):
+            if name == "layers":
+                raise AttributeError(name)
+            return getattr(self.inner, name)
+
+    model, cache, more = double_model("qwen2_vl"), Around(), torch.tensor([make_ids(1, seed=5)])
+    turn = dict(input_ids=more, position_ids=torch.arange(70, 70 + more.shape[1]).expand(3, 1, -1))
+    with patch(model, mixed_profile(model)) as handle:
+        model(**in_double(make_inputs("qwen2_vl", [make_ids(3)])), past_key_values=cache)
+        model(**turn, past_key_values=cache)
+        assert handle.report()["forwards"] == {"sparse": 1, "dense: tokens in the cache are unknown": 1}
+
+
+def test_chunks_of_gemma_on_a_static_cache():
+    """Their masks say that images look both ways, but 5.17 leaves token_type_ids out; later ones pass them on."""
+    model, inputs = double_model("gemma3"), in_double(make_inputs("gemma3", [make_ids(3)]))
+
+    def logits(cache):
+        options = dict(prefill_chunk_size=30, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        return model.generate(**inputs, **options, cache_implementation=cache).logits[0]
+
+    dense = logits("static")
+    with patch(model, mixed_profile(model)) as handle:
+        got, forwards = logits("static"), handle.report()["forwards"]
+        if forwards == {"sparse": 3}:
+            torch.testing.assert_close(got, logits("dynamic"), rtol=0, atol=1e-6)
+        else:
+            assert forwards == {"dense: token_type_ids are not those of all tokens": 3}
+            assert torch.equal(got, dense)
+
+
+@family_names
+@pytest.mark.parametrize("where", ["visual", "layers.1"])
+def test_padding_after_an_interrupted_prefill(family, where):
+    """Ctrl-C while pictures are encoded or layers run: `generate` makes a static cache's masks before its forward."""
+    model, inputs = double_model(family), in_double(make_inputs(family, [make_ids(3), make_ids(2)]))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def logits():
+        options = dict(max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        return model.generate(**inputs, **options, cache_implementation="static").logits[0]
+
+    where = where.replace("visual", "vision_tower") if family == "gemma3" else where
+    with patch(model, mixed_profile(model)) as handle:
+        want = logits()
+        module = next(m for name, m in model.named_modules() if name.endswith(where))
+        hook = module.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        hook.remove()
+        assert torch.equal(logits(), want)
+        assert handle.report()["forwards"] == {"sparse": 3}

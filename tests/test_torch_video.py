@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -70,10 +72,10 @@ def test_videos_and_a_picture(family):
 
 
 class FakeCache:
-    """Knows its length."""
+    """Knows its length, and shows keys that nobody writes to."""
 
     def __init__(self, length):
-        self.length = length
+        self.length, self.layers = length, [SimpleNamespace(keys=torch.zeros(1))]
 
     def get_seq_length(self):
         return self.length

@@ -51,6 +51,7 @@ class Prefill:
         config: the language model's configuration, which tells its layers from another model's.
         differentiable: whether torch can differentiate what `attend` does.
         layers: the layers that came by; the patch checks afterwards that all did.
+        padding: `[B, N]`, what masks were last asked for with, if anything.
     """
 
     layouts: list[Layout]
@@ -59,6 +60,7 @@ class Prefill:
     config: object
     differentiable: bool = False
     layers: list[int] = field(default_factory=list)
+    padding: Tensor | None = None
 
 
 current_prefill: ContextVar[Prefill | None] = ContextVar("blindsight_prefill", default=None)
@@ -125,11 +127,13 @@ def blindsight_attention(
         `[B, T, H, D]` contiguous, and None for the weights.
 
     Raises:
-        NotImplementedError: a dense forward that torch would compute wrongly, see `MOST_MASKED_PAIRS`.
+        NotImplementedError: a dense forward that torch would compute wrongly, see `MOST_MASKED_PAIRS`; a layer that
+            a backward pass computes again by itself.
     """
     if _runs_dense(module.config):
         # In training, layers may be computed again in the backward pass, outside of any forward.
         if not (torch.compiler.is_compiling() or module.training) and _in_progress.get() is not module.config:
+            _refuse_recomputing()
             _warn_of_a_bypass()
         if attention_mask is not None:
             check_masked(query.shape[2] * key.shape[2], query.device)
@@ -143,6 +147,19 @@ def blindsight_attention(
     if not torch.compiler.is_compiling() and current_prefill.get().differentiable:  # type: ignore[union-attr]
         return _prefill(query, key, value, layer, scale, sliding_window), None
     return prefill_op(query, key, value, layer, scale, sliding_window), None
+
+
+def _refuse_recomputing() -> None:
+    """Refuses a layer that is computed again in a backward pass: whether its prefill was sparse is no longer known.
+
+    Raises:
+        NotImplementedError: it is one.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise NotImplementedError(
+            "layers of a patched model in evaluation mode must not be checkpointed one by one: in the backward pass "
+            "nobody knows the prompt. Checkpoint the call of the whole model, or unpatch it."
+        )
 
 
 @cache
@@ -221,17 +238,22 @@ prefill_op.register_autograd(_no_gradient)
 def blindsight_mask(*args, config: PreTrainedConfig, **kwargs) -> Tensor | None:
     """No mask for a prefill that BlindSight computes, transformers' SDPA mask for any other forward."""
     kwargs["config"] = config
-    if _runs_dense(config.get_text_config()):
-        mask = sdpa_mask(*args, **kwargs)
-        if mask is not None and not torch.compiler.is_compiling():
-            # `generate` makes a static cache's masks before the forward, which needs to know the padding in them.
-            mask._blindsight_made_of = kwargs.get("attention_mask")
-        return mask
-    if not torch.compiler.is_compiling() and current_prefill.get().layers:  # type: ignore[union-attr]
-        # Masks come before layers: that forward was interrupted, and this one did not come through the patched model.
-        announce(None)
-        return sdpa_mask(*args, **kwargs)
-    return None
+    compiling, sparse = torch.compiler.is_compiling(), not _runs_dense(config.get_text_config())
+    if sparse and not compiling:
+        prefill = current_prefill.get()
+        assert prefill is not None
+        prefill.padding = kwargs.get("attention_mask")
+        if prefill.layers:
+            # Masks come before layers: that forward was interrupted, and this one did not come by the patched model.
+            announce(None)
+            sparse = False
+    if sparse:
+        return None
+    mask = sdpa_mask(*args, **kwargs)
+    if mask is not None and not compiling:
+        # `generate` makes a static cache's masks before the forward, which needs to know the padding in them.
+        mask._blindsight_made_of = kwargs.get("attention_mask")
+    return mask
 
 
 def made_of(mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | Mapping[str, Tensor] | None:
@@ -246,6 +268,18 @@ def made_of(mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | Mapping[str,
         return mask
     padding: Tensor | None = parts[0]._blindsight_made_of  # type: ignore[attr-defined]
     return padding
+
+
+def lost_padding(interrupted: Prefill | None, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | None:
+    """The padding `[B, N]` that a forward's mask lacks, because it was made while a sparse prefill seemed in progress.
+
+    `generate` makes a static cache's masks before the forward. After a prefill that was interrupted before its layers,
+    by Ctrl-C, it gets those of a sparse one: None.
+    """
+    if interrupted is None or interrupted.layers:
+        return None
+    parts = mask.values() if isinstance(mask, Mapping) else [mask]
+    return interrupted.padding if all(part is None for part in parts) else None
 
 
 def register() -> None:

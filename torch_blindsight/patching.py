@@ -27,7 +27,7 @@ from transformers import Cache
 from shared_profiles import Category, SinkTemplate
 from shared_profiles.lookup import find_profile, searched
 from shared_profiles.profile import Profile
-from torch_blindsight.attention import NAME, Prefill, announce, register, registered
+from torch_blindsight.attention import NAME, Prefill, announce, lost_padding, register, registered
 from torch_blindsight.freeze import Freezer
 from torch_blindsight.implementations import Implementation, Name, attention_devices, implementation
 from torch_blindsight.models import ModelInfo, checkpoint_folder, fingerprint, inspect_model
@@ -177,7 +177,10 @@ class Handle:
         }
 
     @torch.compiler.disable  # it reads ids: a model that is compiled as a whole goes on behind it in another graph
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        left = self._leave()
+        padding = lost_padding(left.prefill if left else None, kwargs.get("attention_mask"))
+        kwargs = kwargs if padding is None else kwargs | {"attention_mask": padding}
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {}) | arguments.pop("lm_kwargs", {})
         self._refuse(arguments)
@@ -193,13 +196,12 @@ class Handle:
                 raise ValueError(REFUSAL.format(reason)) from None
             how = f"dense: {reason}"
         self._counts[how] += 1
-        self._leave()
         _running.set((*_running.get(), _Forward(self, past, arguments, prefill)))
         announce(prefill, self.info.config)
         position = None if self._pruning is None else self._pruning.next_position(cache)
         if position is not None and arguments.get("position_ids") is None:
-            return args, kwargs | {"position_ids": position}
-        return None
+            kwargs = kwargs | {"position_ids": position}
+        return args, kwargs
 
     def _prefill(self, arguments: dict[str, Any], training: bool) -> tuple[str, Prefill]:
         """What to count a forward as, and how it is computed; raises `Dense` where by transformers' own SDPA."""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from blindsight_kernels.checks import check_arrays, check_categories, check_keys, check_layouts, check_window
 from shared_profiles import Category, Layout, SinkTemplate
@@ -60,6 +59,8 @@ def portable_attention(
     check_categories(categories, q.shape[1])
     check_window(window)
     prefill = _Prefill(tuple(layouts), np.array(list(map(Category, categories))), template, scale, window, q_start)
+    # The fused CPU attention takes the last dimension for contiguous.
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     return _Attention.apply(q, k, v, prefill)
 
 
@@ -117,16 +118,24 @@ class _Attention(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *_Gradient.apply(grad_out, *ctx.saved_tensors, ctx.prefill), None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient of `_Attention`, a function of its own: `once_differentiable` lets some second gradients be zero."""
+
+    @staticmethod
+    def forward(
+        grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, prefill: _Prefill
+    ) -> tuple[Tensor, ...]:
         """Of calls that share rows each has its part of the gradient, as the log-sum-exps are those of all keys."""
-        q, k, v, out, lse = ctx.saved_tensors
         grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
         grad_out, group = grad_out.contiguous(), q.shape[1] // k.shape[1]
-        for b, heads, call in ctx.prefill.calls(q, k, v):
+        for b, heads, call in prefill.calls(q, k, v):
             where = as_index(heads, q.device)
             g, o, m = (take(x, call.rows, where).transpose(0, 1)[None] for x in (grad_out[b], out[b], lse[b].T))
-            of_call = attend_backward(call, g, o, m, ctx.prefill.scale)
+            of_call = attend_backward(call, g, o, m, prefill.scale)
             by_q, by_k, by_v = (x[b].transpose(0, 1) for x in grads)  # [T or S, H or K, D]
             add(by_q, call.rows, where, of_call[0][0].transpose(0, 1))
             shared, member = np.unique(heads // group, return_inverse=True)
@@ -138,4 +147,15 @@ class _Attention(torch.autograd.Function):
                 sums.index_add_(0, torch.from_numpy(member).to(q.device), part[0].to(sums.dtype))
                 add(total, packed, kv_where, sums[:, : call.n_packed].transpose(0, 1))
                 add(total, own, kv_where, sums[:, call.n_packed :].transpose(0, 1))
-        return *(x.to(q.dtype) for x in grads), None
+        return tuple(x.to(q.dtype) for x in grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise NotImplementedError(
+            "sparse prefills must be differentiated once at most. Got a gradient of a gradient (create_graph=True, "
+            "nested torch.func.grad). Take it of an unpatched model."
+        )

@@ -110,7 +110,8 @@ def tokens_before(cache: Any, length: int) -> list[Chunk] | None:
 def note_tokens(cache: Any, length: int, chunk: Chunk) -> None:
     """After a forward: notes that a chunk now follows the first `length` tokens of the cache."""
     known = _known(cache, length) if length else _Known(ref(cache), [], 0, ())
-    if known is None or (length and len(known.chunks[0].ids) != len(chunk.ids)):  # rows were repeated or selected
+    repeated = known is not None and length and len(known.chunks[0].ids) != len(chunk.ids)  # or rows were selected
+    if known is None or repeated or _untraceable(cache):
         setattr(cache, _KNOWN, None)
         return
     known.chunks.append(chunk.clone())  # a server may write its next prompt into the same tensors
@@ -130,6 +131,12 @@ def _known(cache: Any, length: int) -> _Known | None:
 def _keys_of(cache: Any) -> Tensor | None:
     """The first layer's keys; None of a cache that does not show them."""
     return getattr(cache.layers[0], "keys", None) if getattr(cache, "layers", None) else None
+
+
+def _untraceable(cache: Any) -> bool:
+    """Whether nobody counts the writes to a cache: its keys are hidden, or static in inference mode."""
+    keys = _keys_of(cache)
+    return keys is None or (keys.is_inference() and getattr(cache, "is_compileable", False))
 
 
 def _state_of(keys: Tensor | None) -> tuple[object, ...]:
@@ -178,9 +185,11 @@ def read_layouts(arguments: Mapping[str, Any], family: Family, special: SpecialT
     if valid is not None and (np.diff(valid, axis=1, prepend=False, append=False).sum(axis=1) > 2).any():
         raise Dense("padding inside a row")
     rows = torch.cat([chunk.ids.to(ids.device) for chunk in chunks], dim=1).cpu().numpy()
-    # Gemma 3 looks both ways where token_type_ids say so; generate leaves them out of a chunked prefill.
+    # Gemma 3 looks both ways where token_type_ids say so; generate leaves them out of a chunked prefill, but not out of
+    # the masks that it makes for a static cache.
     types = arguments.get("token_type_ids") if family.bidirectional else None
-    if types is not None and not np.array_equal(types.cpu().numpy() == 1, rows == special.image):
+    in_mask = family.bidirectional and types is None and arguments.get("attention_mask") is not mask
+    if in_mask or (types is not None and not np.array_equal(types.cpu().numpy() == 1, rows == special.image)):
         raise Dense("token_type_ids are not those of all tokens")
     try:
         frames = _frames(rows, valid, special, chunks)
