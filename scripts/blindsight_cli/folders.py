@@ -32,13 +32,25 @@ def check_family(folder: Path) -> None:
             f"must be downloaded first: hf download {folder} --local-dir FOLDER"
         )
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = read_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} must be JSON. Got: {error}. {AGAIN}") from error
     try:
         family_of(config if isinstance(config, dict) else {})
     except ValueError as error:
         raise IncompatibleError(f"{folder}: {error}") from error
+
+
+def read_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is not UTF-8, not JSON, or nested too deep.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
 
 
 def is_for_jax(folder: Path) -> bool:
@@ -103,8 +115,8 @@ def _is_of(kind: Kind, path: Path) -> bool:
     if kind == "page" or not begin.startswith(b"{"):
         return path.stat().st_size == 0 or (kind == "page" and begin.lower().startswith(b"<!doctype html"))
     try:
-        document: Any = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        document = read_json(path.read_bytes())
+    except ValueError:
         return False
     if kind == "profile":
         return str(document.get("schema")).startswith("blindsight.profile/")

@@ -8,7 +8,6 @@ Pictures are named relative to the file.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any, TypeGuard
 from PIL import Image
 from torch import Tensor
 
+from blindsight_cli.folders import read_json
 from blindsight_cli.loading import ask, check_image, load_image
 from shared_profiles.collection import of_prompt
 
@@ -73,8 +73,8 @@ def read_prompts(path: Path, limit: int | None = None, *, answered: bool = False
 def _parse(line: bytes, path: Path, number: int, answered: bool) -> Prompt:
     where = _where(path, number)
     try:
-        prompt = json.loads(line)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
+        prompt = read_json(line)
+    except ValueError as error:
         raise ValueError(f"{where} must be JSON. Got: {error}.") from error
     if not isinstance(prompt, dict) or not {"images", "question"} <= set(prompt):
         got = f"the keys {sorted(prompt)}" if isinstance(prompt, dict) else f"a {type(prompt).__name__}"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from blindsight_cli.errors import ExitCode
-from blindsight_cli.folders import require_writable
+from blindsight_cli.folders import read_json, require_writable
 from blindsight_cli.output import print_json, results
 from blindsight_cli.report import ReportData, write_report
 
@@ -20,8 +19,8 @@ def run_report(path: Path, out: Path, *, as_json: bool) -> int:
     """
     require_writable("--out", out, {"RESULTS": path}, kind="page")
     try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        document = read_json(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} must be JSON, as `blindsight demo --json` prints it. Got: {error}.") from error
     try:
         write_report(ReportData.from_json(document), out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from blindsight_cli.evaluation.samples import Arm, Sample
 from blindsight_cli.evaluation.statistics import INTERVAL, PairedCounts, wilson
+from blindsight_cli.folders import read_json
 from blindsight_cli.output import results
 from blindsight_cli.report import figures
 
@@ -80,9 +80,9 @@ def check_unused(path: Path, run: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path.read_text(encoding="utf-8"))
         same = document["format"] == FORMAT and document["run"] == run
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         same = False
     if not same:
         raise ValueError(f"--out must name a new file, or the result of this very run. Got {path}. Name another.")

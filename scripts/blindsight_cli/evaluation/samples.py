@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from blindsight_cli.folders import read_json
 from blindsight_cli.report.codec import Record
 from shared_profiles._lock import try_lock
 
@@ -131,8 +132,8 @@ class SampleFile:
         samples: dict[int, Sample] = {}
         for number, line in enumerate(lines, start=2):
             try:
-                sample = Sample(**json.loads(line))
-            except (ValueError, TypeError, RecursionError) as error:
+                sample = Sample(**read_json(line))
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.path}, line {number} must be an item of this run. Got: {error}.") from error
             if sample.line in samples:
                 raise ValueError(f"{self.path}, line {number}: the item of line {sample.line} must be there once.")
@@ -141,9 +142,9 @@ class SampleFile:
 
     def _check_run(self, line: bytes) -> None:
         try:
-            head = json.loads(line)
+            head = read_json(line)
             known, theirs = (head["format"], head["version"]) == (FORMAT, VERSION), dict(head["run"])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{self.path} must be {_WANTED}. Its first line is not one's. {_ADVICE}") from error
         if not known:
             raise ValueError(f"{self.path} must be {_WANTED}. Got {head['format']!r}, {head['version']!r}. {_ADVICE}")
