@@ -75,19 +75,20 @@ class _Prefill:
     window: int | None
     q_start: int
 
-    def calls(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, np.ndarray, Call]]:
-        """Yields `(row of the batch, heads, call)` for all that the prefill is made of."""
+    def calls(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, slice | Tensor, Tensor, Call]]:
+        """Yields `(row of the batch, its heads, the kv head of each, call)` for all that the prefill is made of."""
         group = q.shape[1] // k.shape[1]
         for value in np.unique(self.categories):
             heads = np.flatnonzero(self.categories == value)
+            where, kv_heads = as_index(heads, q.device), torch.from_numpy(heads // group).to(q.device)
             # [B, heads, T, D]; a view when the heads are neighbours
             q_heads = pick(q, heads)
             k_heads, v_heads = (pick(x, heads // group) for x in (k, v))
             for b, layout in enumerate(self.layouts):
                 one = slice(b, b + 1)
                 rows = Rows(q_heads[one], k_heads[one], v_heads[one], layout, self.window, self.q_start)
-                for call in rows.calls(Category(int(value)), self.template):
-                    yield b, heads, call
+                for call in rows.calls(Category(value), self.template):
+                    yield b, where, kv_heads, call
 
 
 class _Attention(torch.autograd.Function):
@@ -102,8 +103,7 @@ class _Attention(torch.autograd.Function):
         for b, layout in enumerate(prefill.layouts):
             out[b, : max(layout.start - prefill.q_start, 0)] = 0
             out[b, max(layout.stop - prefill.q_start, 0) :] = 0
-        for b, heads, call in prefill.calls(q, k, v):
-            where = as_index(heads, q.device)
+        for b, where, _, call in prefill.calls(q, k, v):
             o, m = (x[0].transpose(0, 1) for x in attend(call, prefill.scale))  # [n, heads, D], [n, heads]
             if call.more:
                 o, m = merge(take(out[b], call.rows, where), take(lse[b].T, call.rows, where), o, m)
@@ -131,22 +131,18 @@ class _Gradient(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Of calls that share rows each has its part of the gradient, as the log-sum-exps are those of all keys."""
         grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
-        grad_out, group = grad_out.contiguous(), q.shape[1] // k.shape[1]
-        for b, heads, call in prefill.calls(q, k, v):
-            where = as_index(heads, q.device)
+        grad_out = grad_out.contiguous()
+        for b, where, kv_heads, call in prefill.calls(q, k, v):
             g, o, m = (take(x, call.rows, where).transpose(0, 1)[None] for x in (grad_out[b], out[b], lse[b].T))
             of_call = attend_backward(call, g, o, m, prefill.scale)
             by_q, by_k, by_v = (x[b].transpose(0, 1) for x in grads)  # [T or S, H or K, D]
             add(by_q, call.rows, where, of_call[0][0].transpose(0, 1))
-            shared, member = np.unique(heads // group, return_inverse=True)
-            kv_where = as_index(shared, q.device)
             packed = torch.from_numpy(call.positions[: call.n_packed]).to(q.device)
             own = as_index(call.positions[call.n_packed :], q.device)
             for total, part in zip((by_k, by_v), of_call[1:], strict=True):
-                sums = total.new_zeros(len(shared), *part.shape[2:])
-                sums.index_add_(0, torch.from_numpy(member).to(q.device), part[0].to(sums.dtype))
-                add(total, packed, kv_where, sums[:, : call.n_packed].transpose(0, 1))
-                add(total, own, kv_where, sums[:, call.n_packed :].transpose(0, 1))
+                sums = total.new_zeros(k.shape[1], *part.shape[2:]).index_add_(0, kv_heads, part[0].to(total.dtype))
+                total[packed] += sums[:, : call.n_packed].transpose(0, 1)
+                total[own] += sums[:, call.n_packed :].transpose(0, 1)
         return tuple(x.to(q.dtype) for x in grads)
 
     @staticmethod
