@@ -261,7 +261,7 @@ def made_of(mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | Mapping[str,
 
     The mask itself where it is none of those.
     """
-    parts = [part for part in (mask.values() if isinstance(mask, Mapping) else [mask]) if part is not None]
+    parts = _parts(mask)
     if not parts:  # plain causal, for which SDPA needs no mask
         return None
     if not all(hasattr(part, "_blindsight_made_of") for part in parts):
@@ -278,8 +278,12 @@ def lost_padding(interrupted: Prefill | None, mask: Tensor | Mapping[str, Tensor
     """
     if interrupted is None or interrupted.layers:
         return None
-    parts = mask.values() if isinstance(mask, Mapping) else [mask]
-    return interrupted.padding if all(part is None for part in parts) else None
+    return None if _parts(mask) else interrupted.padding
+
+
+def _parts(mask: Tensor | Mapping[str, Tensor] | None) -> list[Tensor]:
+    """The masks that there are, of one kind of layers or of each."""
+    return [part for part in (mask.values() if isinstance(mask, Mapping) else [mask]) if part is not None]
 
 
 def register() -> None:

@@ -55,9 +55,8 @@ class Chunk:
         return Chunk(self.ids[:, :n], None, None if self.positions is None else self.positions[..., :n])
 
 
-_KNOWN = (
-    "_blindsight_tokens"  # the attribute of a cache that holds its `_Known`; deep copies of the cache have their own
-)
+# The attribute of a cache that holds its `_Known`; deep copies of the cache have their own.
+_KNOWN = "_blindsight_tokens"
 
 
 @dataclass
@@ -110,8 +109,8 @@ def tokens_before(cache: Any, length: int) -> list[Chunk] | None:
 def note_tokens(cache: Any, length: int, chunk: Chunk) -> None:
     """After a forward: notes that a chunk now follows the first `length` tokens of the cache."""
     known = _known(cache, length) if length else _Known(ref(cache), [], 0, ())
-    repeated = known is not None and length and len(known.chunks[0].ids) != len(chunk.ids)  # or rows were selected
-    if known is None or repeated or _untraceable(cache):
+    # With other rows than before, some were repeated or selected.
+    if known is None or (length and len(known.chunks[0].ids) != len(chunk.ids)) or _untraceable(cache):
         setattr(cache, _KNOWN, None)
         return
     known.chunks.append(chunk.clone())  # a server may write its next prompt into the same tensors
@@ -163,10 +162,10 @@ def read_layouts(arguments: Mapping[str, Any], family: Family, special: SpecialT
     ids = arguments.get("input_ids")
     if ids is None:
         raise Dense("no input_ids")
-    cache = arguments.get("past_key_values")
-    past = int(cache.get_seq_length()) if cache is not None else 0
     if ids.shape[1] == 1:
         raise Dense("decode step")
+    cache = arguments.get("past_key_values")
+    past = int(cache.get_seq_length()) if cache is not None else 0
     if _packed(arguments):
         raise Dense("several sequences in one row")
     mask = made_of(arguments.get("attention_mask"))
