@@ -190,10 +190,13 @@ def _by_cudnn(work: AttentionWork | PallasWork) -> Array:
     return is_plain(work) & lax.platform_dependent(cuda=yes, default=no)
 
 
-def is_plain(work: AttentionWork | PallasWork) -> Array:
-    """Whether no prompt of a batch has a past or padding on its left, so that causal means row t sees keys up to t."""
-    q_start = jnp.asarray(work.q_start if isinstance(work, AttentionWork) else work.limits[:1])
-    return (q_start == 0).all() & (jnp.asarray(work.span)[:, 0] == 0).all()
+def is_plain(work: AttentionWork | PallasWork) -> Array | np.bool:
+    """Whether no prompt of a batch has a past or padding on its left, so that causal means row t sees keys up to t.
+
+    In NumPy for a work in NumPy, stacked or not.
+    """
+    q_start = work.q_start if isinstance(work, AttentionWork) else work.limits[..., 0]
+    return (q_start == 0).all() & (work.span[..., 0] == 0).all()
 
 
 def _count_for_cudnn(

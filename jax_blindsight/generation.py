@@ -70,6 +70,7 @@ def generate(
     seed: int = 0,
     eos: int | Collection[int] | None = None,
     dense: bool = False,
+    break_even: bool = True,
     impl: str | None = None,
 ) -> np.ndarray:
     """Writes an answer to every prompt of a batch: `sparse_prefill`, then `write`, whose options these are.
@@ -78,6 +79,7 @@ def generate(
         params: weights, configuration and profile, from `load`.
         inputs: the prompts, as for `sparse_prefill`.
         dense: prefill every head dense.
+        break_even: prefill prompts dense that are too short to gain.
         impl: what computes the prefill's attention, see `sparse_prefill`.
 
     Returns:
@@ -90,7 +92,8 @@ def generate(
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, eos=_stops(params, eos))
     arrays = as_arrays(inputs)
     width = np.shape(arrays.get("input_ids", ()))[-1:] or (0,)
-    start = sparse_prefill(params, arrays, capacity=width[0] + max_new_tokens, dense=dense, impl=impl)
+    how: dict[str, Any] = dict(dense=dense, break_even=break_even, impl=impl)
+    start = sparse_prefill(params, arrays, capacity=width[0] + max_new_tokens, **how)
     return write(params, start, max_new_tokens=max_new_tokens, **options)[0]  # type: ignore[arg-type]
 
 

@@ -25,7 +25,7 @@ from jax_blindsight.buckets import bucket
 from jax_blindsight.decoder import Attend
 from jax_blindsight.inputs import Prompt, read_inputs
 from jax_blindsight.params import Params
-from jax_blindsight.prefill import embed_prompt, implementation_for, layer_work, pad_last
+from jax_blindsight.prefill import embed_prompt, implementation_for, layer_work, pad_last, place_rows
 from jax_blindsight.residual import Stream, moved, stream_of
 from jax_blindsight.stack import run_layers
 from shared_profiles import SPARSE, Category, Layout, SinkTemplate
@@ -67,7 +67,8 @@ class Observer:
         self.bucket = n = bucket(layout.n_tokens)
         self.rows = concatenated_ranges(layout.images[1:, 1], layout.images[1:, 2])
         self.positions = pad_last(prompt.tokens.positions(params.config)[0], n)
-        self._works = layer_work(params, implementation_for(params, impl), [layout], template, 0, n, n)
+        works = layer_work(params, implementation_for(params, impl), [layout], template, 0, n, n)
+        self._works = place_rows(params, works)
         self._counted = np.zeros(n, dtype=np.float32)
         self._counted[self.rows] = 1
         self._found: dict[int, list[dict[str, Array]]] = {}  # by layer, then of each sparse category [H] each

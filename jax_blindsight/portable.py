@@ -28,9 +28,9 @@ from jax_blindsight.work import GATHERED_ROWS, TILE_ROWS, AttentionWork
 from shared_profiles import Category
 
 # Tiles of a team: enough for a step to be worth several cores, few enough for short prompts to fill.
-_TEAM = 8
+TEAM = 8
 # Keys of a chunk: for tiles, and for the few rows of gathered ones.
-_CHUNK, _GATHERED_CHUNK = 160, 512
+CHUNK, GATHERED_CHUNK = 160, 512
 _HIDDEN = -1e30  # finite, so that a row whose chunk is all hidden gives no NaN
 
 # Per row: the highest score, the sum of exponentials, and the weighted sum of values.
@@ -74,7 +74,7 @@ def attend_sequence(
 
         def team(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             # The last team is filled up with the last pair, computed several times alike.
-            pair = jnp.minimum(i * _TEAM + jnp.arange(_TEAM, dtype=jnp.int32), end[-1] - 1)
+            pair = jnp.minimum(i * TEAM + jnp.arange(TEAM, dtype=jnp.int32), end[-1] - 1)
             category = (pair[:, None] >= end).sum(axis=1, dtype=jnp.int32)
             pair -= (end - pairs)[category]
             head = by_category[first[category] + pair % count[category]]
@@ -86,7 +86,7 @@ def attend_sequence(
             out, lse = carry
             return out.at[index, head].set(o, mode="drop"), lse.at[head, index].set(m, mode="drop")
 
-        return lax.fori_loop(0, (end[-1] + _TEAM - 1) // _TEAM, team, carry)
+        return lax.fori_loop(0, (end[-1] + TEAM - 1) // TEAM, team, carry)
 
     def attend_rows(
         q_rows: Array, rows: Array, kv: Array, category: Array, tile: Array, chunk: int
@@ -124,10 +124,10 @@ def attend_sequence(
         return jnp.where(which < tile[:, 1:2], rows, work.q_start + n_queries)
 
     carry = jnp.zeros((n_queries, n_heads, dim), q.dtype), jnp.full((n_heads, n_queries), -jnp.inf, precise)
-    carry = walk(carry, jnp.asarray(work.tiles), n_tiles, _CHUNK, neighbours)
+    carry = walk(carry, jnp.asarray(work.tiles), n_tiles, CHUNK, neighbours)
     # Gathered tiles are the same under every category that has them.
     gathered = jnp.broadcast_to(work.gathered, (len(Category), *work.gathered.shape))
-    return walk(carry, gathered, n_gathered, _GATHERED_CHUNK, scattered)
+    return walk(carry, gathered, n_gathered, GATHERED_CHUNK, scattered)
 
 
 def _absorb(state: _State, q: Array, k: Array, v: Array, real: Array, shown: Array, scale: float) -> _State:

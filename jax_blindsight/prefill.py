@@ -34,6 +34,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jax_blindsight.attention import attend
+from jax_blindsight.break_even import gains
 from jax_blindsight.buckets import bucket
 from jax_blindsight.cache import Cache
 from jax_blindsight.config import ModelConfig
@@ -53,6 +54,8 @@ from shared_profiles.layout import why_dense
 
 if TYPE_CHECKING:
     from blindsight_kernels.pallas_work import PallasWork
+
+Works = dict[int | None, "AttentionWork | PallasWork"]  # by window
 
 ROOM = 128
 """Slots for further tokens in a cache whose capacity nobody stated."""
@@ -85,13 +88,15 @@ def sparse_prefill(
     capacity: int | None = None,
     all_logits: bool = False,
     dense: bool = False,
+    break_even: bool = True,
     impl: str | None = None,
 ) -> Prefilled:
     """Prefills a batch of prompts, or goes on from a filled cache with a chunk or a second turn.
 
     Rows with fewer than two images run dense; so does a whole batch where no category could save anything, see
-    `Prefilled.how`. Pieces of a prompt give what the whole gives if they are cut between images, and if the first piece
-    has two images already or no head of the profile is `SINK`: a piece with one image runs dense.
+    `Prefilled.how`. Pieces of a prompt give what the whole gives if they are cut between images, if none is too short
+    to gain, and if the first piece has two images already or no head of the profile is `SINK`: a piece with one image
+    runs dense.
 
     Args:
         params: weights, configuration and profile, from `load`.
@@ -101,6 +106,8 @@ def sparse_prefill(
         capacity: slots of a new cache, rounded up to a bucket. Default: the prompt and `ROOM` more.
         all_logits: return the logits of every token.
         dense: run every head dense, whatever the profile says.
+        break_even: run prompts dense that are too short to gain (`break_even.py` has the rule). False: all multi-image
+            prompts run sparsely, which is what comparisons want.
         impl: what computes the attention: "pallas", the kernel for Hopper GPUs, or "portable", XLA on any device.
             Default: "pallas" where the weights are on CUDA devices, "portable" elsewhere.
 
@@ -127,7 +134,11 @@ def sparse_prefill(
     layouts = tokens.layouts(config)
     categories, template, how = _choose(params, layouts, q_start, dense)
     n_queries = bucket(n)
-    works = layer_work(params, chosen, layouts, template, q_start, n_queries, n_queries if cache is None else slots)
+    n_keys = n_queries if cache is None else slots
+    works = layer_work(params, chosen, layouts, template, q_start, n_queries, n_keys)
+    if how == "sparse" and break_even and not gains(config, categories, works, mesh):
+        categories, how = np.full_like(categories, Category.DENSE), "dense: too short to gain"
+    works = place_rows(params, works)
     filled: list[tuple[Array, Array]] = []
 
     def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
@@ -213,8 +224,8 @@ def layer_work(
     q_start: int,
     n_queries: int,
     n_keys: int,
-) -> dict[int | None, AttentionWork | PallasWork]:
-    """The attention work of each of the model's different windows, by window, on the devices of the weights.
+) -> Works:
+    """The attention work of each of the model's different windows, by window, in NumPy.
 
     Rows with fewer than two images run dense, as they would if they had come alone.
 
@@ -227,15 +238,20 @@ def layer_work(
     else:
         check_batch(mesh, len(layouts))
         n_shards = mesh.shape[DATA]
-    place = _place(params, PartitionSpec(DATA))
     sizes: dict[str, Any] = dict(q_start=q_start, n_queries=n_queries, n_keys=n_keys)
     options: dict[str, Any] = dict(
         head_dim=text.head_dim, dense=[layout.n_images < 2 for layout in layouts], n_shards=n_shards
     )
     return {
-        window: jax.device_put(build_work(impl, layouts, template, window=window, **sizes, **options), place)
+        window: build_work(impl, layouts, template, window=window, **sizes, **options)
         for window in dict.fromkeys(text.windows)
     }
+
+
+def place_rows(params: Params, works: Works) -> Works:
+    """The same on the devices of the weights, the rows of a batch dealt out over a mesh."""
+    place = _place(params, PartitionSpec(DATA))
+    return {window: jax.device_put(work, place) for window, work in works.items()}
 
 
 def _table(params: Params) -> Array:

@@ -112,7 +112,8 @@ def trace_jax(
     """
     n = inputs["input_ids"].shape[1]
     with tapped() as seen:
-        done = sparse_prefill(params, inputs, capacity=n + N_NEW, all_logits=True, dense=dense, **options)
+        options |= dict(dense=dense, break_even=False)
+        done = sparse_prefill(params, inputs, capacity=n + N_NEW, all_logits=True, **options)
     assert done.how == ("dense: asked for" if dense else "sparse"), done.how
     seen["logits"] = done.logits
     for i, pair in enumerate(zip(done.cache.keys, done.cache.values, strict=True)):

@@ -17,13 +17,13 @@ import blindsight_cli
 import jax_blindsight.generation
 from blindsight_cli.loading import load_checkpoint
 from blindsight_cli.smallvlm.evaluate import make_puzzles, to_inputs
-from jax_blindsight import decode_step, generate, load, sparse_prefill, write
+from jax_blindsight import decode_step, load, write
 from jax_blindsight.generation import _sample
 from jax_parity import assert_as_exact
 from parity_model import greedy_tokens
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
-from tiny_jax import in_numpy, twin
+from tiny_jax import generate, in_numpy, sparse_prefill, twin
 from tiny_models import FAMILIES, VIDEO, in_double, make_ids, make_inputs, make_video_inputs, patch
 
 SHIPPED = Path(blindsight_cli.__file__).parent / "models" / "blindsight-tiny-qwen2_5_vl"

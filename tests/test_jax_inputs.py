@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_blindsight import Cache, decode_step, generate, sparse_prefill
+from jax_blindsight import Cache, decode_step
 from jax_blindsight.inputs import read_inputs
 from jax_blindsight.tokens import Tokens
 from shared_profiles import Category
 from shared_profiles.profile import Profile
-from tiny_jax import in_numpy, twin
+from tiny_jax import generate, in_numpy, sparse_prefill, twin
 from tiny_models import END, IMAGE, IMAGE_TOKENS, START, VIDEO, make_ids, make_inputs, make_video_inputs
 
 QWEN, GEMMA = "qwen2_5_vl", "gemma3"

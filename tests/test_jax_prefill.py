@@ -11,11 +11,10 @@ import torch
 
 import jax_blindsight.prefill
 import jax_blindsight.tower
-from jax_blindsight import sparse_prefill
 from jax_blindsight.buckets import bucket
 from shared_profiles import Category
 from shared_profiles.profile import Profile
-from tiny_jax import in_numpy, twin
+from tiny_jax import in_numpy, sparse_prefill, twin
 from tiny_models import FAMILIES, IMAGE, IMAGE_TOKENS, VIDEO, make_ids, make_inputs, make_video_inputs
 
 family_names = pytest.mark.parametrize("family", FAMILIES)
@@ -81,6 +80,14 @@ def test_a_profile_of_dense_heads_alone_runs_dense_and_says_so():
     done = sparse_prefill(replace(params, profile=profile), inputs, **OPTIONS)
     assert done.how == "dense: all heads are Dense"
     np.testing.assert_array_equal(done.logits, sparse_prefill(params, inputs, dense=True, **OPTIONS).logits)
+
+
+def test_a_prompt_that_is_too_short_to_gain_runs_dense_and_says_so():
+    params, inputs = twin("gemma3").params, in_numpy(make_inputs("gemma3", [make_ids(4), make_ids(2, seed=1)]))
+    done = jax_blindsight.sparse_prefill(params, inputs, **OPTIONS)
+    assert done.how == "dense: too short to gain"
+    np.testing.assert_array_equal(done.logits, sparse_prefill(params, inputs, dense=True, **OPTIONS).logits)
+    assert not np.array_equal(done.logits, sparse_prefill(params, inputs, **OPTIONS).logits)
 
 
 @two_families

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_blindsight import calibrate, decode_step, generate, load, save, sparse_prefill
+from jax_blindsight import calibrate, decode_step, load, save
 from jax_checkpoints import save_tiny
-from tiny_jax import in_numpy, twin
+from tiny_jax import generate, in_numpy, sparse_prefill, twin
 from tiny_models import make_ids, make_inputs
 
 FAMILY = "qwen2_5_vl"

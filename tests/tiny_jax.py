@@ -13,9 +13,20 @@ import numpy as np
 import torch
 
 import jax_blindsight
+from jax_blindsight import Params, Prefilled
 from jax_parity import assert_as_exact, pair
 from shared_profiles.profile import Profile
 from tiny_models import in_double, mixed_profile, patch
+
+
+def sparse_prefill(params: Params, inputs: Mapping[str, Any], **options: Any) -> Prefilled:
+    """`jax_blindsight.sparse_prefill` that runs the tests' prompts sparsely, short as they are."""
+    return jax_blindsight.sparse_prefill(params, inputs, **dict(break_even=False) | options)
+
+
+def generate(params: Params, inputs: Mapping[str, Any], **options: Any) -> np.ndarray:
+    """`jax_blindsight.generate` that does."""
+    return jax_blindsight.generate(params, inputs, **dict(break_even=False) | options)
 
 
 @dataclass(frozen=True)

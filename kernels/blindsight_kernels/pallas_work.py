@@ -79,6 +79,11 @@ class PallasWork:
     n_slots: int = field(metadata=_STATIC)
 
     @property
+    def steps(self) -> np.ndarray:
+        """Tiles of keys that each tile reads, by category: `[4, n_tiles]`; of stacked works `[n, 4, n_tiles]`."""
+        return self.tiles[..., FIELDS.index("packed_n_tiles")] + self.tiles[..., FIELDS.index("range_n_tiles")]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(x.nbytes for x in jax.tree.leaves(self))

@@ -123,7 +123,7 @@ def _prefill(size: Size, n_tokens: int, dense: bool, place: Place) -> Row:
         nonlocal done
         done = None  # its cache is given back
         begun = time.perf_counter()
-        done = sparse_prefill(params, inputs, capacity=n_tokens, dense=dense)
+        done = sparse_prefill(params, inputs, capacity=n_tokens, dense=dense, break_even=False)
         jax.block_until_ready(done.logits)
         return time.perf_counter() - begun
 
