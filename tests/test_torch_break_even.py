@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from shared_profiles import Category, Layout, SinkTemplate, count_pairs
+from shared_profiles.plan import build_plan
 from shared_profiles.profile import Fingerprint, Profile
 from tiny_models import FAMILIES, make_ids, make_inputs, make_model, mixed_profile
 from torch_blindsight import patch
@@ -58,14 +60,35 @@ def test_the_rule_is_the_formula():
     assert not gains(Costs(0, ((dense - kept) * 64 + 1) / blocks, 1.0), profile, info, [layout], 0)
 
 
-def test_windows_save_what_dense_attention_only_masks():
-    """Transformers' attention computes all pairs and hides those outside a window; ours leaves them out."""
+@pytest.mark.parametrize("case", ["window", "images both ways", "padding", "filled cache"])
+def test_what_a_mask_hides_is_computed_all_the_same(case):
+    """Dense attention with a mask takes all pairs; in batches with other rows' too. To the last product."""
+    layout, window, q_start = even_layout(4, 131), None, 0
+    match case:
+        case "window":
+            window = 20
+        case "images both ways":
+            layout = replace(layout, bidirectional=True)
+        case "padding":
+            layout = Layout(layout.n_tokens + 7, 0, layout.n_tokens, layout.images)
+        case "filled cache":
+            q_start = int(layout.images[1, 0])
+    profile, n = profile_of([[0, 2]]), layout.n_tokens
+    info = info_of(profile, windows=(window,))
+    plan = build_plan(layout, profile.template, window=window, q_start=q_start)
+    kept = int((plan.hi - plan.lo + plan.packed_stop - plan.packed_start)[Category.INTRA_IMAGE] @ plan.n_rows)
+    saved = ((n - q_start) * n - kept) * 64
+    assert gains(Costs(saved - 1, 0, 1.0), profile, info, [layout], q_start)
+    assert not gains(Costs(saved + 1, 0, 1.0), profile, info, [layout], q_start)
+
+
+def test_a_padded_row_of_one_image_makes_the_masks_of_a_batch():
     layout, profile = even_layout(4, 131), profile_of([[0, 2]])
-    dense, kept = (count_pairs(layout, c, profile.template).total for c in (Category.DENSE, Category.INTRA_IMAGE))
-    just_more = Costs((dense - kept) * 64 + 1, 0, 1.0)
-    assert not gains(just_more, profile, info_of(profile), [layout], 0)
-    assert gains(just_more, profile, info_of(profile, windows=(20,)), [layout], 0)
-    assert not gains(Costs(dense * 64, 0, 1.0), profile, info_of(profile, windows=(20,)), [layout], 0)
+    n = layout.n_tokens
+    costs = Costs(n * n * 64 / 2, 0, 1.0)  # more than a triangle
+    whole, padded = (Layout(n, start, n, layout.images[:1] + [start] * 4) for start in (0, 5))
+    assert not gains(costs, profile, info_of(profile), [layout, whole], 0)
+    assert gains(costs, profile, info_of(profile), [layout, padded], 0)
 
 
 def test_of_several_processes_the_one_that_gains_least_counts():
