@@ -122,7 +122,6 @@ class Plan:
         row_start, n_rows: `[n_tiles]`.
         part, n_parts: `[n_tiles]`.
         lo, hi, packed_start, packed_stop: `[4, n_tiles]`, the first axis indexed by `Category`.
-        order: `[4, n_tiles]`, the tiles of each category, longest first.
         gathered_rows: `[n_gathered]` positions of the text and delimiter rows.
         packed_text, packed_sinks: positions of the packed keys of `INTRA_IMAGE`, and of the two sink categories.
     """
@@ -142,7 +141,6 @@ class Plan:
     hi: np.ndarray
     packed_start: np.ndarray
     packed_stop: np.ndarray
-    order: np.ndarray
     gathered_rows: np.ndarray
     packed_text: np.ndarray
     packed_sinks: np.ndarray
@@ -166,6 +164,11 @@ class Plan:
             first[gathered] = self.gathered_rows[first[gathered]]
             last[gathered] = self.gathered_rows[last[gathered]]
         return first, last
+
+    @property
+    def n_keys(self) -> np.ndarray:
+        """Keys that each tile visits under each category: `[4, n_tiles]` int32."""
+        return self.hi - self.lo + self.packed_stop - self.packed_start
 
     @property
     def nbytes(self) -> int:
@@ -233,7 +236,6 @@ def build_plan(
 
     lo, hi, packed_start, packed_stop = (stack(name) for name in ("lo", "hi", "packed_start", "packed_stop"))
     n_rows = np.concatenate([tiles[0].row_stop - tiles[0].row_start, gathered["n_rows"]])
-    order = np.argsort(-(hi - lo + packed_stop - packed_start), axis=1, kind="stable")
     arrays = dict(
         row_start=np.concatenate([tiles[0].row_start, gathered["row_start"]]),
         n_rows=n_rows,
@@ -243,7 +245,6 @@ def build_plan(
         hi=hi,
         packed_start=packed_start,
         packed_stop=packed_stop,
-        order=order,
         gathered_rows=rows,
         packed_text=packed[Category.INTRA_IMAGE],
         packed_sinks=packed[Category.SINK],

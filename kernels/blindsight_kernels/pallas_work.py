@@ -140,7 +140,7 @@ def build_pallas_work(
         q_tiles.append(q_tile)
         merges.append(merge)
         packed.append(rows_of)
-        costs.append((plan.hi - plan.lo + plan.packed_stop - plan.packed_start)[runs_as])  # [4, n_tiles]
+        costs.append(plan.n_keys[runs_as])  # [4, n_tiles]
         bases["q_tile"] += len(q_tile)
         bases["row"] += len(plan.gathered_rows)
         bases["packed"] += rows_of.shape[1]

@@ -92,7 +92,7 @@ def build_work(plans: tuple[Plan, ...], block_k: int, device: torch.device) -> W
         table, merge = _tiles_of(plan, b, block_k, row_base, packed_base, n_slots)
         tables.append(table)
         merges.append(merge)
-        costs.append(plan.hi - plan.lo + plan.packed_stop - plan.packed_start)  # [4, n_tiles]
+        costs.append(plan.n_keys)
         row_base += len(plan.gathered_rows)
         packed_base += len(plan.packed_text) + len(plan.packed_sinks)
         n_slots += int(merge[:, 4].sum())
