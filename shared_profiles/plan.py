@@ -64,7 +64,6 @@ def image_tiles(
     tile_rows: int | None = None,
     window: int | None = None,
     q_start: int = 0,
-    q_stop: int | None = None,
 ) -> Tiles:
     """Cuts the image rows of a prompt into tiles; no tile straddles an image or, under `SINK`, a local block.
 
@@ -74,22 +73,21 @@ def image_tiles(
         tile_rows: rows of a tile at most, counted from each image's first token. Default: as many as the category
             allows, i.e. one tile an image or local block.
         window: sliding window in tokens.
-        q_start, q_stop: the queries `[q_start, q_stop)`, default all.
+        q_start: position of the first query; the queries are all tokens from there on.
     """
     category = Category(category)
-    q_stop = layout.n_tokens if q_stop is None else q_stop
     begin, first, last, _ = (column[:, None] for column in layout.images.T)
     rows = tile_rows or int(max((last - first).max(initial=1), 1))
     if category is Category.SINK:
         rows = min(rows, template.local_block)
-    low, high = np.maximum(first, q_start), np.minimum(last, q_stop)
+    low = np.maximum(first, q_start)
     k_low = (low - first) // rows
-    n = np.where(high > low, -(-(high - first) // rows) - k_low, 0)[:, 0]  # tiles per image
+    n = np.where(last > low, -(-(last - first) // rows) - k_low, 0)[:, 0]  # tiles per image
     image = np.repeat(np.arange(len(n)), n)
-    begin, first, last, low, high, k_low = (x[image, 0] for x in (begin, first, last, low, high, k_low))
+    begin, first, last, low, k_low = (x[image, 0] for x in (begin, first, last, low, k_low))
     k = k_low + np.arange(len(image)) - np.repeat(np.cumsum(n) - n, n)
     row_start = np.maximum(first + k * rows, low)
-    row_stop = np.minimum(first + (k + 1) * rows, high)
+    row_stop = np.minimum(first + (k + 1) * rows, last)
 
     match category:
         case Category.DENSE:
@@ -99,7 +97,7 @@ def image_tiles(
             end = np.minimum(lo + template.local_block, last)
         case _:
             lo, end = begin, last
-    hi = np.minimum(end, q_stop) if layout.bidirectional else row_stop
+    hi = end if layout.bidirectional else row_stop
     packed_stop = np.searchsorted(packed, lo)
     packed_start = np.zeros_like(packed_stop)
     if window is not None:
@@ -118,7 +116,7 @@ class Plan:
     per piece of its range; the pieces' outputs are merged by their log-sum-exp.
 
     Attributes:
-        layout, template, tile_rows, window, q_start, q_stop: what the plan was built from.
+        layout, template, tile_rows, window, q_start: what the plan was built from.
         row_start, n_rows: `[n_tiles]`.
         part, n_parts: `[n_tiles]`.
         lo, hi, packed_start, packed_stop: `[4, n_tiles]`, the first axis indexed by `Category`.
@@ -131,7 +129,6 @@ class Plan:
     tile_rows: int
     window: int | None
     q_start: int
-    q_stop: int
     n_image_tiles: int
     row_start: np.ndarray
     n_rows: np.ndarray
@@ -184,7 +181,6 @@ def build_plan(
     tile_rows: int = 128,
     window: int | None = None,
     q_start: int = 0,
-    q_stop: int | None = None,
     max_keys: int | None = None,
 ) -> Plan:
     """Builds the plan of a prompt, or returns the one built before for an equal layout.
@@ -194,20 +190,19 @@ def build_plan(
         template: sinks and local blocks.
         tile_rows: query rows of a tile (BLOCK_Q); must divide `template.local_block`.
         window: sliding window in tokens.
-        q_start, q_stop: the queries `[q_start, q_stop)`, default all; keys from `q_stop` on do not exist yet.
+        q_start: position of the first query; the queries are all tokens from there on.
         max_keys: longest key range of one gathered tile; longer ones are split. Default: never.
 
     Raises:
         ValueError: `tile_rows` does not divide the local block, or a number is out of range.
     """
-    q_stop = layout.n_tokens if q_stop is None else q_stop
     if tile_rows < 1 or template.local_block % tile_rows:
         raise ValueError(
             f"tile_rows must divide the template's local block of {template.local_block}, or a tile would straddle two "
             f"blocks. Got {tile_rows}."
         )
-    if not 0 <= q_start <= q_stop <= layout.n_tokens:
-        raise ValueError(f"0 <= q_start <= q_stop <= {layout.n_tokens} must hold. Got {q_start}, {q_stop}.")
+    if not 0 <= q_start <= layout.n_tokens:
+        raise ValueError(f"0 <= q_start <= {layout.n_tokens} must hold. Got {q_start}.")
     for name, value in (("window", window), ("max_keys", max_keys)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None. Got {value}.")
@@ -222,12 +217,11 @@ def build_plan(
             tile_rows=tile_rows,
             window=window,
             q_start=q_start,
-            q_stop=q_stop,
         )
         for category in Category
     ]
     rows = layout.textual_rows
-    rows = rows[np.searchsorted(rows, q_start) : np.searchsorted(rows, q_stop)]
+    rows = rows[np.searchsorted(rows, q_start) :]
     gathered = _gathered_tiles(rows, layout.start, tile_rows, window, max_keys)
     n_image_tiles, n_gathered = len(tiles[0].row_start), len(gathered["lo"])
 
@@ -253,7 +247,7 @@ def build_plan(
     for name, array in arrays.items():
         arrays[name] = array.astype(np.int32)
         arrays[name].setflags(write=False)
-    return Plan(layout, template, tile_rows, window, q_start, q_stop, n_image_tiles, **arrays)
+    return Plan(layout, template, tile_rows, window, q_start, n_image_tiles, **arrays)
 
 
 def _gathered_tiles(

@@ -220,13 +220,6 @@ def plan_arrays(plan: Plan) -> dict[str, np.ndarray]:
     return {name: x for name, x in vars(plan).items() if isinstance(x, np.ndarray)}
 
 
-def cut(layout: Layout, stop: int) -> Layout:
-    """The prompt of which only `[0, stop)` exists so far."""
-    images = np.minimum(layout.images, stop)
-    images = images[images[:, 1] < images[:, 2]]
-    return Layout(stop, min(layout.start, stop), min(layout.stop, stop), images, layout.bidirectional)
-
-
 def alone(layout: Layout) -> Layout:
     """The same prompt with all images but the first turned into text: a second row for a ragged batch."""
     return Layout(layout.n_tokens, layout.start, layout.stop, layout.images[:1], layout.bidirectional)

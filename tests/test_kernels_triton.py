@@ -15,7 +15,7 @@ from blindsight_kernels.reference import reference_attention
 from blindsight_kernels.triton_configurations import Configuration
 from interpreted import Attend, interpreted, native
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
-from strategies import chunks, layouts, templates, windows
+from strategies import chunks, cut, layouts, templates, windows
 
 TEMPLATE = SinkTemplate(local_block=32)
 SMALL = {tma: Configuration(16, 16, 4, 2, tma) for tma in (False, True)}  # many tiles of every kind in a short prompt
@@ -43,13 +43,6 @@ def assert_equals_reference(attend: Attend, q, k, v, *args, max_keys=None, tiles
     want, want_lse = reference(q, k, v, *args, **kwargs)
     np.testing.assert_allclose(out.transpose(1, 2).double().numpy(), want, rtol=0, atol=4e-6)
     np.testing.assert_allclose(lse.double().numpy(), want_lse, rtol=0, atol=4e-6)
-
-
-def cut(layout: Layout, stop: int) -> Layout:
-    """The layout of a prompt of which only `[0, stop)` exists so far."""
-    images = np.minimum(layout.images, stop)
-    images = images[images[:, 1] < images[:, 2]]
-    return Layout(stop, min(layout.start, stop), min(layout.stop, stop), images, layout.bidirectional)
 
 
 @settings(max_examples=8)

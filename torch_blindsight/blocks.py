@@ -64,13 +64,13 @@ class Rows:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, q_start: int) -> None:
         self.q, self.k, self.v = q, k, v  # [1, heads, T or S, D]
         self.layout, self.window = layout, window
-        self.q_start, self.q_stop = q_start, q_start + q.shape[2]
+        self.q_start = q_start
         self.triangles: dict[int, Tensor] = {}
 
     def calls(self, category: Category, template: SinkTemplate) -> Iterator[Call]:
         """Yields calls that give every row of the chunk each key that its category lets it see, once."""
         layout = self.layout
-        first, last = max(self.q_start, layout.start), min(self.q_stop, layout.stop)
+        first, last = max(self.q_start, layout.start), layout.stop
         whole = category is Category.DENSE and self.window is None and not layout.bidirectional
         if whole and first == layout.start:
             if first < last:
@@ -80,9 +80,7 @@ class Rows:
             return
         yield from self._text(layout.textual_rows)
         packed = packed_positions(layout, category, template)
-        tiles = image_tiles(
-            layout, category, template, packed, window=self.window, q_start=self.q_start, q_stop=self.q_stop
-        )
+        tiles = image_tiles(layout, category, template, packed, window=self.window, q_start=self.q_start)
         index = torch.from_numpy(packed).to(self.q.device)
         packed_kv = [x[:, :, index] for x in (self.k, self.v)]  # [1, heads, P, D]
         groups = list(_groups(tiles))
@@ -148,7 +146,7 @@ class Rows:
 
     def _text(self, rows: np.ndarray) -> Iterator[Call]:
         """Text and delimiter rows: everything before them, inside the window."""
-        for block in _text_blocks(rows[(rows >= self.q_start) & (rows < self.q_stop)]):
+        for block in _text_blocks(rows[rows >= self.q_start]):
             lo = self.layout.start if self.window is None else max(self.layout.start, int(block[0]) - self.window + 1)
             hi = int(block[-1]) + 1
             queries = torch.from_numpy(block - self.q_start).to(self.q.device)

@@ -80,10 +80,10 @@ def build_work(plans: tuple[Plan, ...], block_k: int, device: torch.device) -> W
     Raises:
         ValueError: no plans, or plans that differ in what must be the same for a launch.
     """
-    if len({(p.q_start, p.q_stop, p.window, p.layout.n_tokens) for p in plans}) != 1:
-        given = [(p.q_start, p.q_stop, p.window, p.layout.n_tokens) for p in plans]
+    if len({(p.q_start, p.window, p.layout.n_tokens) for p in plans}) != 1:
+        given = [(p.q_start, p.window, p.layout.n_tokens) for p in plans]
         raise ValueError(
-            f"the plans of a batch must share q_start, q_stop, window and n_tokens. Got {given}. Build them with the "
+            f"the plans of a batch must share q_start, window and n_tokens. Got {given}. Build them with the "
             "same arguments, one a batch row, padding included in each layout."
         )
     tables, merges, costs = [], [], []
