@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from shared_profiles.categories import SPARSE, Category
+from shared_profiles.categories import Category
 from shared_profiles.layout import Layout
 from shared_profiles.template import SinkTemplate
 
@@ -206,44 +206,29 @@ def build_plan(
     for name, value in (("window", window), ("max_keys", max_keys)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None. Got {value}.")
-    packed = {category: packed_positions(layout, category, template) for category in SPARSE}
-    packed[Category.DENSE] = packed[Category.INTRA_IMAGE][:0]
+    packed = [packed_positions(layout, category, template) for category in Category]
     tiles = [
-        image_tiles(
-            layout,
-            category,
-            template,
-            packed[category],
-            tile_rows=tile_rows,
-            window=window,
-            q_start=q_start,
-        )
-        for category in Category
+        image_tiles(layout, c, template, packed[c], tile_rows=tile_rows, window=window, q_start=q_start)
+        for c in Category
     ]
     rows = layout.textual_rows
     rows = rows[np.searchsorted(rows, q_start) :]
-    gathered = _gathered_tiles(rows, layout.start, tile_rows, window, max_keys)
-    n_image_tiles, n_gathered = len(tiles[0].row_start), len(gathered["lo"])
+    gathered = _gathered_tiles(rows, layout.start, tile_rows, window, max_keys or layout.n_tokens)
+    n_image_tiles = len(tiles[0].row_start)
 
     def stack(name: str) -> np.ndarray:  # [4, n_tiles]
         return np.stack([np.concatenate([getattr(t, name), gathered[name]]) for t in tiles])
 
-    lo, hi, packed_start, packed_stop = (stack(name) for name in ("lo", "hi", "packed_start", "packed_stop"))
-    n_rows = np.concatenate([tiles[0].row_stop - tiles[0].row_start, gathered["n_rows"]])
     arrays = dict(
         row_start=np.concatenate([tiles[0].row_start, gathered["row_start"]]),
-        n_rows=n_rows,
+        n_rows=np.concatenate([tiles[0].row_stop - tiles[0].row_start, gathered["n_rows"]]),
         part=np.concatenate([np.zeros(n_image_tiles), gathered["part"]]),
         n_parts=np.concatenate([np.ones(n_image_tiles), gathered["n_parts"]]),
-        lo=lo,
-        hi=hi,
-        packed_start=packed_start,
-        packed_stop=packed_stop,
+        **{name: stack(name) for name in ("lo", "hi", "packed_start", "packed_stop")},
         gathered_rows=rows,
         packed_text=packed[Category.INTRA_IMAGE],
         packed_sinks=packed[Category.SINK],
     )
-    assert len(n_rows) == n_image_tiles + n_gathered
     for name, array in arrays.items():
         arrays[name] = array.astype(np.int32)
         arrays[name].setflags(write=False)
@@ -251,28 +236,27 @@ def build_plan(
 
 
 def _gathered_tiles(
-    rows: np.ndarray, start: int, tile_rows: int, window: int | None, max_keys: int | None
+    rows: np.ndarray, start: int, tile_rows: int, window: int | None, max_keys: int
 ) -> dict[str, np.ndarray]:
     """Tiles of the text and delimiter rows: full, in position order, long ranges cut into pieces."""
     row_start = np.arange(0, len(rows), tile_rows)
     n_rows = np.minimum(tile_rows, len(rows) - row_start)
-    hi = rows[row_start + n_rows - 1] + 1 if len(rows) else rows
+    hi = rows[row_start + n_rows - 1] + 1
     lo = np.full_like(hi, start)
     if window is not None:
         lo = np.maximum(lo, rows[row_start] - window + 1)
-    n_parts = np.ones_like(hi) if max_keys is None else -(-(hi - lo) // max_keys)
+    n_parts = -(-(hi - lo) // max_keys)
     tile = np.repeat(np.arange(len(hi)), n_parts)
     part = np.arange(len(tile)) - np.repeat(np.cumsum(n_parts) - n_parts, n_parts)
-    step = max_keys or 0
-    piece_hi = hi[tile] if max_keys is None else np.minimum(lo[tile] + (part + 1) * step, hi[tile])
+    lo = lo[tile] + part * max_keys
     nothing = np.zeros_like(tile)
     return dict(
         row_start=row_start[tile],
         n_rows=n_rows[tile],
         part=part,
         n_parts=n_parts[tile],
-        lo=lo[tile] + part * step,
-        hi=piece_hi,
+        lo=lo,
+        hi=np.minimum(lo + max_keys, hi[tile]),
         packed_start=nothing,
         packed_stop=nothing,
     )
