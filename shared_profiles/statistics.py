@@ -182,11 +182,10 @@ class Statistics:
             good = np.isfinite(array) & (array >= 0) & (array <= upper)
             if not good.all():
                 at = tuple(np.argwhere(~good)[0])
-                head = f"layer {at[1]}, head {at[2]}, " if len(at) == 3 else ""
                 wanted = "finite and at least 0" if upper == np.inf else f"in [0, {upper:g}]"
                 raise ValueError(
-                    f"prompt {prompt_id}, {head}{SPARSE[at[0]].name}: {name} must be {wanted}. Got {array[at]:g}. "
-                    "Measure this prompt again in higher precision, or leave it out."
+                    f"prompt {prompt_id}, layer {at[1]}, head {at[2]}, {SPARSE[at[0]].name}: {name} must be {wanted}. "
+                    f"Got {array[at]:g}. Measure this prompt again in higher precision, or leave it out."
                 )
         if self._records.setdefault(prompt_id, record) != record:
             raise _two_values(prompt_id)

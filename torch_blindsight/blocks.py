@@ -200,13 +200,16 @@ def _groups(tiles: Tiles) -> Iterator[Tiles]:
 def _text_blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
     """Cuts ascending positions into blocks; see `_LONG_TEXT`."""
     runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
-    short = [run for run in runs if len(run) < _LONG_TEXT]
-    gathered = np.concatenate(short) if short else rows[:0]
-    for run in [gathered, *(run for run in runs if len(run) >= _LONG_TEXT)]:
-        step = _TEXT_ROWS
-        if len(run) and run is not gathered:
-            step = max(_TEXT_ROWS, min(_BLOCK_ROWS, _BIAS_ENTRIES // int(run[-1] + 1)))
-        yield from np.split(run, range(step, len(run), step)) if len(run) else ()
+    gathered = np.concatenate([rows[:0], *(run for run in runs if len(run) < _LONG_TEXT)])
+    yield from _cut(gathered, _TEXT_ROWS)
+    for run in runs:
+        if len(run) >= _LONG_TEXT:
+            yield from _cut(run, max(_TEXT_ROWS, min(_BLOCK_ROWS, _BIAS_ENTRIES // int(run[-1] + 1))))
+
+
+def _cut(rows: np.ndarray, n: int) -> Iterator[np.ndarray]:
+    """Pieces of n rows, the last as long as is left."""
+    return (rows[i : i + n] for i in range(0, len(rows), n))
 
 
 def _join(extra: Tensor, own: Tensor, buffer: Tensor) -> Tensor:

@@ -93,7 +93,6 @@ class Observer:
         # Image rows that have an earlier image: all that a category can change.
         self.rows = [concatenated_ranges(x.images[1:, 1], x.images[1:, 2]) for x in layouts]
 
-    @torch.no_grad()
     def __call__(
         self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
