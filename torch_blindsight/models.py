@@ -118,6 +118,12 @@ def inspect_model(model: nn.Module) -> ModelInfo:
     )
 
 
+def decoder_layers(model: nn.Module, info: ModelInfo) -> list[Any]:
+    """The layers that hold the attention modules, in order."""
+    parents = {id(child): module for module in model.modules() for child in module.children()}
+    return [parents[id(attention)] for attention in info.attentions]
+
+
 def _refuse_wrapped(model: nn.Module) -> None:
     """Refuses wrappers, under which hooks on the outermost module would not see a forward's arguments."""
     kind = type(model).__name__

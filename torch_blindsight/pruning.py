@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from shared_profiles import Layout
 from torch_blindsight.attention import AttendLayer, Prefill, current_prefill
-from torch_blindsight.models import ModelInfo
+from torch_blindsight.models import ModelInfo, decoder_layers
 from torch_blindsight.modes import SparseMode
 from torch_blindsight.prompts import Dense, holds_pictures, worth_it
 
@@ -144,7 +144,7 @@ class Pruning:
             raise ValueError(f"a pruner's layer must be one of the model's {info.n_layers}. Got {layer}.")
         self.pruner, self._info = pruner, info
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]  # of every transformers model
-        self._layers = [next(m for m in model.modules() if getattr(m, "self_attn", 0) is a) for a in info.attentions]
+        self._layers = decoder_layers(model, info)
 
     def hooks(self) -> list[Any]:
         """Hangs the hooks; removing them undoes it."""
