@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -122,6 +123,18 @@ def decoder_layers(model: nn.Module, info: ModelInfo) -> list[Any]:
     """The layers that hold the attention modules, in order."""
     parents = {id(child): module for module in model.modules() for child in module.children()}
     return [parents[id(attention)] for attention in info.attentions]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In this context the model is in evaluation mode; then every module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from shared_profiles import Category, Layout, SinkTemplate
 from shared_profiles.sink_statistics import REACH, SinkMass, SinkRows
 from torch_blindsight.attention import AttendLayer, Prefill
 from torch_blindsight.implementations import Attend, Name, implementation
-from torch_blindsight.models import ModelInfo, inspect_model
+from torch_blindsight.models import ModelInfo, evaluating, inspect_model
 from torch_blindsight.modes import Mode
 from torch_blindsight.patching import Handle
 from torch_blindsight.prompts import Dense, next_token_logits
@@ -232,14 +232,6 @@ def observing[M: Mode](
     info.require_all_heads("watching attention")
     chosen = implementation(impl, model, info)
     mode = make_mode(info, chosen.attend)
-    handle = Handle(model, info, mode, chosen)
-    handle.install()
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield mode
-    finally:
-        handle.unpatch()
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.no_grad(), Handle(model, info, mode, chosen) as handle:
+        handle.install()
+        yield mode
