@@ -32,7 +32,7 @@ from torch_blindsight.freeze import Freezer
 from torch_blindsight.implementations import Implementation, Name, attention_devices, implementation
 from torch_blindsight.models import ModelInfo, checkpoint_folder, fingerprint, inspect_model
 from torch_blindsight.modes import Mode, SparseMode
-from torch_blindsight.prompts import Chunk, Dense, forget_changed, note_tokens, read_layouts, worth_it
+from torch_blindsight.prompts import Chunk, Dense, forget_changed, length_of, note_tokens, read_layouts, worth_it
 from torch_blindsight.pruning import REFUSAL, PrunedPrefill, Pruner, Pruning
 from torch_blindsight.tensor_parallel import require_agreement
 
@@ -185,7 +185,7 @@ class Handle:
         arguments |= arguments.pop("kwargs", {}) | arguments.pop("lm_kwargs", {})
         self._refuse(arguments)
         cache = arguments.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = length_of(cache)
         forget_changed(cache)
         must_prune = self._pruning is not None and self._pruning.must_prune(arguments, module.training)
         prefill = None
