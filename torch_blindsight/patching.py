@@ -377,14 +377,13 @@ def patch(
         require_agreement(info.attentions, profile and (profile.template, profile.categories.tolist()))
     if pruner is not None:
         info.require_all_heads("a pruner")
+        if profile is None:
+            raise ValueError(
+                "a pruner needs a profile: prompts are measured whole. Got none, and none was found for this model. "
+                "Make one with calibrate, or pass Profile.uniform(Category.DENSE, fingerprint(model)) to prune only."
+            )
     if profile is None:
         info.require_all_heads("measuring the first prompts, for want of a profile,")
-    if profile is None and pruner is not None:
-        raise ValueError(
-            "a pruner needs a profile: prompts are measured whole. Got none, and none was found for this model. "
-            "Make one with calibrate, or pass Profile.uniform(Category.DENSE, fingerprint(model)) to prune only."
-        )
-    if profile is None:
         mode: Mode = Freezer(info, print_, template or SinkTemplate(), measure_prompts, chosen, break_even)
         logger.warning(
             "found no profile of this model: looked %s; the first %d multi-image prompts run dense while they are "
