@@ -28,7 +28,6 @@ from shared_profiles.sink_statistics import SinkMass, stack_sinks, unstack_sinks
 from shared_profiles.summary import LEVELS, MEASURED_RANKINGS, Summary
 
 SCHEMA = "blindsight.statistics/3"
-WITHOUT_SINKS = "blindsight.statistics/2"  # read, too: no template was ever learned
 MASS_SLACK = 1e-3  # exp(lse - lse) of low-precision kernels may pass 1 by this much
 
 _MEMBERS = {"schema", "origin", "rankings", "prompt_ids", "counts", "mass", "error", "pairs", "harm"}
@@ -263,11 +262,11 @@ class Statistics:
         file.seek(0)
         with np.load(file, allow_pickle=False) as loaded:
             schema = str(loaded["schema"])
-            if schema not in (SCHEMA, WITHOUT_SINKS):
+            if schema != SCHEMA:
                 raise ValueError(f"the schema {schema!r}")
-            if set(loaded.files) != (_MEMBERS | _SINKS if schema == SCHEMA else _MEMBERS):
+            if set(loaded.files) != _MEMBERS | _SINKS:
                 raise ValueError(f"the members {sorted(loaded.files)}")
-            sinks = unstack_sinks({name: loaded[name] for name in _SINKS}) if schema == SCHEMA else {}
+            sinks = unstack_sinks({name: loaded[name] for name in _SINKS})
             counts, mass = loaded["counts"], loaded["mass"]
             ids, error, pairs = loaded["prompt_ids"], loaded["error"], loaded["pairs"]
             origin, rankings, harm = str(loaded["origin"]), loaded["rankings"], loaded["harm"]
