@@ -49,6 +49,9 @@ def category_mask(
 
     Returns:
         `[T, S]` bool with `T = n_tokens - q_start` and `S = n_tokens`; rows of padding are all False.
+
+    Raises:
+        ValueError: what is given is no category.
     """
     category = Category(category)
     keys = np.arange(layout.n_tokens)  # [S]

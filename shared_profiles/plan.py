@@ -45,7 +45,14 @@ class Tiles:
 
 
 def packed_positions(layout: Layout, category: Category, template: SinkTemplate) -> np.ndarray:
-    """Positions of the packed keys of a category, ascending: text, text and sinks, or nothing for `DENSE`."""
+    """Positions of the packed keys of a category, ascending: text, text and sinks, or nothing for `DENSE`.
+
+    Returns:
+        `[P]` int64.
+
+    Raises:
+        ValueError: what is given is no category.
+    """
     match Category(category):
         case Category.DENSE:
             return np.zeros(0, dtype=np.int64)
@@ -121,7 +128,7 @@ class Plan:
         part, n_parts: `[n_tiles]`.
         lo, hi, packed_start, packed_stop: `[4, n_tiles]`, the first axis indexed by `Category`.
         gathered_rows: `[n_gathered]` positions of the text and delimiter rows.
-        packed_text, packed_sinks: positions of the packed keys of `INTRA_IMAGE`, and of the two sink categories.
+        packed_text, packed_sinks: `[P]` positions of the packed keys of `INTRA_IMAGE`, and of the two sink categories.
     """
 
     layout: Layout

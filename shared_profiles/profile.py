@@ -95,7 +95,11 @@ class Profile:
 
     @classmethod
     def uniform(cls, category: Category, fingerprint: Fingerprint, template: SinkTemplate | None = None) -> Profile:
-        """A profile that gives every head the same category: for trying things out, and as a baseline."""
+        """A profile that gives every head the same category: for trying things out, and as a baseline.
+
+        Raises:
+            ValueError: what is given is no category.
+        """
         category = Category(category)
         categories = np.full((fingerprint.n_layers, fingerprint.n_heads), category, dtype=np.int8)
         choice = {"method": "manual", "category": category.name}

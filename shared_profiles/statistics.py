@@ -5,7 +5,7 @@
 
 Nothing is averaged before the end. A state is a set of records keyed by prompt, so a merge is a union: it can be
 repeated, regrouped and reordered, and the summary of the union is bit for bit the same however the prompts were dealt
-out. A record of 28 layers of 28 heads takes 19 KB.
+out. A record of 28 layers of 28 heads takes 20 KB, and 9 KB more for every ranking that is measured.
 """
 
 from __future__ import annotations

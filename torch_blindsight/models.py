@@ -176,7 +176,8 @@ def fingerprint(model: nn.Module, info: ModelInfo | None = None) -> Fingerprint:
         info: `inspect_model(model)`, if at hand.
 
     Raises:
-        ValueError: see `inspect_model`; or weights that are not loaded (meta device).
+        ValueError, NotImplementedError: see `inspect_model`.
+        ValueError: weights that are not loaded (meta device).
     """
     info = info or inspect_model(model)
     config: Any = model.config

@@ -195,7 +195,7 @@ def measure_sinks(
 
     Raises:
         ValueError: a prompt is malformed, or the model is patched.
-        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
+        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
     """
     context: AbstractContextManager[None] = nullcontext() if delimiters else WithoutDelimiters(model)
     readings: list[SinkReading] = []

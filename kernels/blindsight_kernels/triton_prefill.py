@@ -146,7 +146,11 @@ def triton_attention(
 
 
 def choose(q: Tensor) -> Configuration:
-    """The tiles that the kernel runs with for queries like these, on their device."""
+    """The tiles that the kernel runs with for queries like these, on their device.
+
+    Raises:
+        NotImplementedError: the kernel has no tiles for their head dimension.
+    """
     major = 9 if INTERPRETED else torch.cuda.get_device_capability(q.device)[0]
     return configuration(generation(major), q.shape[-1], q.dtype.itemsize)
 
