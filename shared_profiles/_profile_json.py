@@ -1,7 +1,7 @@
 """The text form of a profile: canonical JSON, its checksum, and strict reading.
 
-Knows JSON and the envelope (schema, checksum), not what a profile means: `profile.py` gives `record` a table of
-decoders, one per key. Every decoder takes a JSON value and the place where it stands, and refuses with both.
+Knows JSON and the envelope (schema, checksum), not what a profile means: `_profile_document.py` gives `record` a table
+of decoders, one per key. Every decoder takes a JSON value and the place where it stands, and refuses with both.
 """
 
 from __future__ import annotations

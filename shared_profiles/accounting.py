@@ -47,6 +47,9 @@ def count_pairs(layout: Layout, category: Category, template: SinkTemplate, *, w
     """The pairs that one head of a category keeps on a prompt; `DENSE` gives the model's own count.
 
     Counted row by row from the definition's intervals, in O(N) memory.
+
+    Raises:
+        ValueError: what is given is no category.
     """
     category = Category(category)  # equal numbers share what the cache keeps
     first_seen = (lambda rows, lo: lo) if window is None else (lambda rows, lo: np.maximum(lo, rows - window + 1))

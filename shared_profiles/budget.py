@@ -48,17 +48,8 @@ class Budget:
         if not is_number(self.kl) or not math.isfinite(self.kl) or self.kl < 0:
             raise ValueError(f"the budget must be a finite number of nats, at least 0. Got {self.kl!r}. Try 0.01.")
         object.__setattr__(self, "kl", rounded(self.kl))
-        check_ranking(self.ranking)
-
-
-def check_ranking(ranking: str) -> None:
-    """Refuses what is no ranking.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if ranking not in RANKINGS:
-        raise ValueError(f"the ranking must be one of {', '.join(RANKINGS)}. Got {ranking!r}.")
+        if self.ranking not in RANKINGS:
+            raise ValueError(f"the ranking must be one of {', '.join(RANKINGS)}. Got {self.ranking!r}.")
 
 
 def budget_of(budget: Budget | float | None, thresholds: Thresholds | None) -> Budget | None:
@@ -103,11 +94,11 @@ def tune(profile: Profile, budget: Budget, measure: Measure, *, held_out: str | 
     Raises:
         ValueError: the profile has no statistics or not this ranking, or nothing can be measured.
     """
-    path = path_of(statistics_of(profile), budget.ranking)
+    path = path_of(_statistics_of(profile), budget.ranking)
     points: dict[int, CurvePoint] = {}
 
     def evaluate(step: int) -> bool:
-        points[step] = point_of(profile, path.categories(step), measure)
+        points[step] = _point_of(profile, path.categories(step), measure)
         return points[step].kl <= budget.kl
 
     passes, fails, next_step = 0, len(path) + 1, len(path)
@@ -156,7 +147,7 @@ def retune_by_thresholds(profile: Profile, thresholds: Thresholds) -> Profile:
     Raises:
         ValueError: it has no statistics, or not the quantile.
     """
-    categories = classify(statistics_of(profile), thresholds)
+    categories = classify(_statistics_of(profile), thresholds)
     kept = {key: profile.choice[key] for key in ("held_out", "sinks") if key in profile.choice}
     return replace(profile, categories=categories, choice=thresholds.to_choice() | kept)
 
@@ -174,7 +165,7 @@ def verify(profile: Profile, measure: Measure, *, held_out: str) -> Profile:
     Raises:
         ValueError: the profile has no statistics, or nothing can be measured.
     """
-    point = point_of(profile, profile.categories, measure)
+    point = _point_of(profile, profile.categories, measure)
     same = profile.choice.get("held_out") == held_out
     others = [other for other in profile.curve if other.heads != point.heads] if same else []
     curve = tuple(sorted((*others, point), key=lambda p: (-p.kept, p.kl)))
@@ -187,7 +178,7 @@ def chosen_point(profile: Profile) -> CurvePoint | None:
     return next((point for point in profile.curve if point.heads == heads), None)
 
 
-def point_of(profile: Profile, categories: np.ndarray, measure: Measure) -> CurvePoint:
+def _point_of(profile: Profile, categories: np.ndarray, measure: Measure) -> CurvePoint:
     """One measured point.
 
     Raises:
@@ -201,7 +192,7 @@ def point_of(profile: Profile, categories: np.ndarray, measure: Measure) -> Curv
             "Are the model's weights in order, and is its dtype wide enough?"
         )
     return CurvePoint(
-        kept=kept_pairs(categories, pairs_of(statistics_of(profile))),
+        kept=kept_pairs(categories, pairs_of(_statistics_of(profile))),
         kl=max(kl, 0.0),
         agreement=float(measured.agree.mean()),
         n_prompts=len(measured.kl),
@@ -210,7 +201,7 @@ def point_of(profile: Profile, categories: np.ndarray, measure: Measure) -> Curv
     )
 
 
-def statistics_of(profile: Profile) -> Summary:
+def _statistics_of(profile: Profile) -> Summary:
     """A profile's statistics.
 
     Raises:

@@ -37,7 +37,6 @@ def category_mask(
     *,
     window: int | None = None,
     q_start: int = 0,
-    q_stop: int | None = None,
 ) -> np.ndarray:
     """Which keys each query may look at.
 
@@ -46,21 +45,22 @@ def category_mask(
         category: the head's category.
         template: sinks and local blocks.
         window: sliding window in tokens: a query at p sees keys after `p - window` only.
-        q_start, q_stop: the queries are positions `[q_start, q_stop)`, default all; keys from `q_stop` on do not
-            exist yet (chunked prefill).
+        q_start: position of the first query; the queries are all tokens from there on.
 
     Returns:
-        `[T, S]` bool with `T = q_stop - q_start` and `S = n_tokens`; rows of padding are all False.
+        `[T, S]` bool with `T = n_tokens - q_start` and `S = n_tokens`; rows of padding are all False.
+
+    Raises:
+        ValueError: what is given is no category.
     """
     category = Category(category)
-    q_stop = layout.n_tokens if q_stop is None else q_stop
     keys = np.arange(layout.n_tokens)  # [S]
-    exists = (keys >= layout.start) & (keys < min(layout.stop, q_stop))
+    exists = (keys >= layout.start) & (keys < layout.stop)
     is_text = np.isin(keys, layout.text)
     is_sink = np.isin(keys, layout.sinks(template))
-    mask = np.zeros((q_stop - q_start, layout.n_tokens), dtype=bool)
+    mask = np.zeros((layout.n_tokens - q_start, layout.n_tokens), dtype=bool)
 
-    for p in range(max(q_start, layout.start), min(q_stop, layout.stop)):
+    for p in range(max(q_start, layout.start), layout.stop):
         allowed = keys <= p
         keep = exists
         image = next((row for row in layout.images.tolist() if row[1] <= p < row[2]), None)

@@ -20,7 +20,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from shared_profiles.categories import SPARSE, Category
+from shared_profiles.categories import Category
 from shared_profiles.layout import Layout
 from shared_profiles.template import SinkTemplate
 
@@ -45,7 +45,14 @@ class Tiles:
 
 
 def packed_positions(layout: Layout, category: Category, template: SinkTemplate) -> np.ndarray:
-    """Positions of the packed keys of a category, ascending: text, text and sinks, or nothing for `DENSE`."""
+    """Positions of the packed keys of a category, ascending: text, text and sinks, or nothing for `DENSE`.
+
+    Returns:
+        `[P]` int64.
+
+    Raises:
+        ValueError: what is given is no category.
+    """
     match Category(category):
         case Category.DENSE:
             return np.zeros(0, dtype=np.int64)
@@ -64,7 +71,6 @@ def image_tiles(
     tile_rows: int | None = None,
     window: int | None = None,
     q_start: int = 0,
-    q_stop: int | None = None,
 ) -> Tiles:
     """Cuts the image rows of a prompt into tiles; no tile straddles an image or, under `SINK`, a local block.
 
@@ -74,22 +80,21 @@ def image_tiles(
         tile_rows: rows of a tile at most, counted from each image's first token. Default: as many as the category
             allows, i.e. one tile an image or local block.
         window: sliding window in tokens.
-        q_start, q_stop: the queries `[q_start, q_stop)`, default all.
+        q_start: position of the first query; the queries are all tokens from there on.
     """
     category = Category(category)
-    q_stop = layout.n_tokens if q_stop is None else q_stop
     begin, first, last, _ = (column[:, None] for column in layout.images.T)
     rows = tile_rows or int(max((last - first).max(initial=1), 1))
     if category is Category.SINK:
         rows = min(rows, template.local_block)
-    low, high = np.maximum(first, q_start), np.minimum(last, q_stop)
+    low = np.maximum(first, q_start)
     k_low = (low - first) // rows
-    n = np.where(high > low, -(-(high - first) // rows) - k_low, 0)[:, 0]  # tiles per image
+    n = np.where(last > low, -(-(last - first) // rows) - k_low, 0)[:, 0]  # tiles per image
     image = np.repeat(np.arange(len(n)), n)
-    begin, first, last, low, high, k_low = (x[image, 0] for x in (begin, first, last, low, high, k_low))
+    begin, first, last, low, k_low = (x[image, 0] for x in (begin, first, last, low, k_low))
     k = k_low + np.arange(len(image)) - np.repeat(np.cumsum(n) - n, n)
     row_start = np.maximum(first + k * rows, low)
-    row_stop = np.minimum(first + (k + 1) * rows, high)
+    row_stop = np.minimum(first + (k + 1) * rows, last)
 
     match category:
         case Category.DENSE:
@@ -99,7 +104,7 @@ def image_tiles(
             end = np.minimum(lo + template.local_block, last)
         case _:
             lo, end = begin, last
-    hi = np.minimum(end, q_stop) if layout.bidirectional else row_stop
+    hi = end if layout.bidirectional else row_stop
     packed_stop = np.searchsorted(packed, lo)
     packed_start = np.zeros_like(packed_stop)
     if window is not None:
@@ -118,13 +123,12 @@ class Plan:
     per piece of its range; the pieces' outputs are merged by their log-sum-exp.
 
     Attributes:
-        layout, template, tile_rows, window, q_start, q_stop: what the plan was built from.
+        layout, template, tile_rows, window, q_start: what the plan was built from.
         row_start, n_rows: `[n_tiles]`.
         part, n_parts: `[n_tiles]`.
         lo, hi, packed_start, packed_stop: `[4, n_tiles]`, the first axis indexed by `Category`.
-        order: `[4, n_tiles]`, the tiles of each category, longest first.
         gathered_rows: `[n_gathered]` positions of the text and delimiter rows.
-        packed_text, packed_sinks: positions of the packed keys of `INTRA_IMAGE`, and of the two sink categories.
+        packed_text, packed_sinks: `[P]` positions of the packed keys of `INTRA_IMAGE`, and of the two sink categories.
     """
 
     layout: Layout
@@ -132,7 +136,6 @@ class Plan:
     tile_rows: int
     window: int | None
     q_start: int
-    q_stop: int
     n_image_tiles: int
     row_start: np.ndarray
     n_rows: np.ndarray
@@ -142,7 +145,6 @@ class Plan:
     hi: np.ndarray
     packed_start: np.ndarray
     packed_stop: np.ndarray
-    order: np.ndarray
     gathered_rows: np.ndarray
     packed_text: np.ndarray
     packed_sinks: np.ndarray
@@ -168,6 +170,11 @@ class Plan:
         return first, last
 
     @property
+    def n_keys(self) -> np.ndarray:
+        """Keys that each tile visits under each category: `[4, n_tiles]` int32."""
+        return self.hi - self.lo + self.packed_stop - self.packed_start
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
@@ -181,7 +188,6 @@ def build_plan(
     tile_rows: int = 128,
     window: int | None = None,
     q_start: int = 0,
-    q_stop: int | None = None,
     max_keys: int | None = None,
 ) -> Plan:
     """Builds the plan of a prompt, or returns the one built before for an equal layout.
@@ -191,93 +197,73 @@ def build_plan(
         template: sinks and local blocks.
         tile_rows: query rows of a tile (BLOCK_Q); must divide `template.local_block`.
         window: sliding window in tokens.
-        q_start, q_stop: the queries `[q_start, q_stop)`, default all; keys from `q_stop` on do not exist yet.
+        q_start: position of the first query; the queries are all tokens from there on.
         max_keys: longest key range of one gathered tile; longer ones are split. Default: never.
 
     Raises:
         ValueError: `tile_rows` does not divide the local block, or a number is out of range.
     """
-    q_stop = layout.n_tokens if q_stop is None else q_stop
     if tile_rows < 1 or template.local_block % tile_rows:
         raise ValueError(
             f"tile_rows must divide the template's local block of {template.local_block}, or a tile would straddle two "
             f"blocks. Got {tile_rows}."
         )
-    if not 0 <= q_start <= q_stop <= layout.n_tokens:
-        raise ValueError(f"0 <= q_start <= q_stop <= {layout.n_tokens} must hold. Got {q_start}, {q_stop}.")
+    if not 0 <= q_start <= layout.n_tokens:
+        raise ValueError(f"0 <= q_start <= {layout.n_tokens} must hold. Got {q_start}.")
     for name, value in (("window", window), ("max_keys", max_keys)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, or None. Got {value}.")
-    packed = {category: packed_positions(layout, category, template) for category in SPARSE}
-    packed[Category.DENSE] = packed[Category.INTRA_IMAGE][:0]
+    packed = [packed_positions(layout, category, template) for category in Category]
     tiles = [
-        image_tiles(
-            layout,
-            category,
-            template,
-            packed[category],
-            tile_rows=tile_rows,
-            window=window,
-            q_start=q_start,
-            q_stop=q_stop,
-        )
-        for category in Category
+        image_tiles(layout, c, template, packed[c], tile_rows=tile_rows, window=window, q_start=q_start)
+        for c in Category
     ]
     rows = layout.textual_rows
-    rows = rows[np.searchsorted(rows, q_start) : np.searchsorted(rows, q_stop)]
-    gathered = _gathered_tiles(rows, layout.start, tile_rows, window, max_keys)
-    n_image_tiles, n_gathered = len(tiles[0].row_start), len(gathered["lo"])
+    rows = rows[np.searchsorted(rows, q_start) :]
+    gathered = _gathered_tiles(rows, layout.start, tile_rows, window, max_keys or layout.n_tokens)
+    n_image_tiles = len(tiles[0].row_start)
 
     def stack(name: str) -> np.ndarray:  # [4, n_tiles]
         return np.stack([np.concatenate([getattr(t, name), gathered[name]]) for t in tiles])
 
-    lo, hi, packed_start, packed_stop = (stack(name) for name in ("lo", "hi", "packed_start", "packed_stop"))
-    n_rows = np.concatenate([tiles[0].row_stop - tiles[0].row_start, gathered["n_rows"]])
-    order = np.argsort(-(hi - lo + packed_stop - packed_start), axis=1, kind="stable")
     arrays = dict(
         row_start=np.concatenate([tiles[0].row_start, gathered["row_start"]]),
-        n_rows=n_rows,
+        n_rows=np.concatenate([tiles[0].row_stop - tiles[0].row_start, gathered["n_rows"]]),
         part=np.concatenate([np.zeros(n_image_tiles), gathered["part"]]),
         n_parts=np.concatenate([np.ones(n_image_tiles), gathered["n_parts"]]),
-        lo=lo,
-        hi=hi,
-        packed_start=packed_start,
-        packed_stop=packed_stop,
-        order=order,
+        **{name: stack(name) for name in ("lo", "hi", "packed_start", "packed_stop")},
         gathered_rows=rows,
         packed_text=packed[Category.INTRA_IMAGE],
         packed_sinks=packed[Category.SINK],
     )
-    assert len(n_rows) == n_image_tiles + n_gathered
     for name, array in arrays.items():
         arrays[name] = array.astype(np.int32)
         arrays[name].setflags(write=False)
-    return Plan(layout, template, tile_rows, window, q_start, q_stop, n_image_tiles, **arrays)
+    return Plan(layout, template, tile_rows, window, q_start, n_image_tiles, **arrays)
 
 
 def _gathered_tiles(
-    rows: np.ndarray, start: int, tile_rows: int, window: int | None, max_keys: int | None
+    rows: np.ndarray, start: int, tile_rows: int, window: int | None, max_keys: int
 ) -> dict[str, np.ndarray]:
     """Tiles of the text and delimiter rows: full, in position order, long ranges cut into pieces."""
     row_start = np.arange(0, len(rows), tile_rows)
     n_rows = np.minimum(tile_rows, len(rows) - row_start)
-    hi = rows[row_start + n_rows - 1] + 1 if len(rows) else rows
+    hi = rows[row_start + n_rows - 1] + 1
     lo = np.full_like(hi, start)
     if window is not None:
         lo = np.maximum(lo, rows[row_start] - window + 1)
-    n_parts = np.ones_like(hi) if max_keys is None else -(-(hi - lo) // max_keys)
+    n_parts = -(-(hi - lo) // max_keys)
     tile = np.repeat(np.arange(len(hi)), n_parts)
     part = np.arange(len(tile)) - np.repeat(np.cumsum(n_parts) - n_parts, n_parts)
-    step = max_keys or 0
-    piece_hi = hi[tile] if max_keys is None else np.minimum(lo[tile] + (part + 1) * step, hi[tile])
+    lo = lo[tile] + part * max_keys
     nothing = np.zeros_like(tile)
     return dict(
         row_start=row_start[tile],
         n_rows=n_rows[tile],
         part=part,
         n_parts=n_parts[tile],
-        lo=lo[tile] + part * step,
-        hi=piece_hi,
+        lo=lo,
+        hi=np.minimum(lo + max_keys, hi[tile]),
         packed_start=nothing,
         packed_stop=nothing,
     )

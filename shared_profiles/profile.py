@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,11 @@ class Profile:
 
     @classmethod
     def uniform(cls, category: Category, fingerprint: Fingerprint, template: SinkTemplate | None = None) -> Profile:
-        """A profile that gives every head the same category: for trying things out, and as a baseline."""
+        """A profile that gives every head the same category: for trying things out, and as a baseline.
+
+        Raises:
+            ValueError: what is given is no category.
+        """
         category = Category(category)
         categories = np.full((fingerprint.n_layers, fingerprint.n_heads), category, dtype=np.int8)
         choice = {"method": "manual", "category": category.name}
@@ -120,7 +124,21 @@ class Profile:
         Raises:
             ProfileMismatchError: the fingerprints differ; the message names every field, with both values.
         """
-        self.fingerprint.require(fingerprint, allow_mismatch=allow_mismatch)
+        mine, theirs = asdict(self.fingerprint), asdict(fingerprint)
+        different = [name for name in mine if mine[name] != theirs[name]]
+        wrong_shape = any(name in different for name in ("n_layers", "n_heads"))
+        if not different or (allow_mismatch and not wrong_shape):
+            return
+        lines = [f"  {name}: the profile says {mine[name]!r}, the model has {theirs[name]!r}" for name in different]
+        advice = "Load the model that it was made for, or run calibrate on this one."
+        if wrong_shape:
+            advice += " With other numbers of layers or heads it cannot be applied, allow_mismatch or not."
+        else:
+            advice += (
+                " If this model is close enough, such as the same float32 checkpoint loaded in float16, pass "
+                "allow_mismatch=True to patch or load."
+            )
+        raise ProfileMismatchError("\n".join(["a profile must belong to the model. This one differs:", *lines, advice]))
 
     def to_json(self) -> str:
         """The profile as its file's text: canonical JSON with a checksum and a final newline."""

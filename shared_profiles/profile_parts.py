@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
@@ -57,28 +57,6 @@ class Fingerprint:
             raise ValueError(f"n_kv_heads must divide n_heads. Got {self.n_kv_heads} and {self.n_heads}.")
         if not isinstance(self.digest, str) or not _SHA256.fullmatch(self.digest):
             raise ValueError(f"digest must be 'sha256:' and 64 lower-case hexadecimal digits. Got {self.digest!r}.")
-
-    def require(self, model: Fingerprint, *, allow_mismatch: bool = False) -> None:
-        """Accepts a model only when it is the one this fingerprint, a profile's, was taken from.
-
-        Raises:
-            ProfileMismatchError: see `Profile.require`.
-        """
-        mine, theirs = asdict(self), asdict(model)
-        different = [name for name in mine if mine[name] != theirs[name]]
-        wrong_shape = any(name in different for name in ("n_layers", "n_heads"))
-        if not different or (allow_mismatch and not wrong_shape):
-            return
-        lines = [f"  {name}: the profile says {mine[name]!r}, the model has {theirs[name]!r}" for name in different]
-        advice = "Load the model that it was made for, or run calibrate on this one."
-        if wrong_shape:
-            advice += " With other numbers of layers or heads it cannot be applied, allow_mismatch or not."
-        else:
-            advice += (
-                " If this model is close enough, such as the same float32 checkpoint loaded in float16, pass "
-                "allow_mismatch=True to patch or load."
-            )
-        raise ProfileMismatchError("\n".join(["a profile must belong to the model. This one differs:", *lines, advice]))
 
 
 @dataclass(frozen=True)

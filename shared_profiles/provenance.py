@@ -53,7 +53,11 @@ def make_profile(
     dataset: str,
     packages: Iterable[str],
 ) -> Profile:
-    """The profile that thresholds choose from statistics measured with `template` on `dataset`, by these packages."""
+    """The profile that thresholds choose from statistics measured with `template` on `dataset`, by these packages.
+
+    Raises:
+        ValueError: no prompt was measured, or the summary does not have the thresholds' quantile.
+    """
     summary = statistics.summarize()
     choice = thresholds.to_choice()
     if statistics.sinks:

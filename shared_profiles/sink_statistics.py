@@ -30,7 +30,7 @@ LEARN_FROM = 8  # prompts that `calibrate` learns a template from
 LIFT, SHARE, LOOKS, HEADS, MOST = 4.0, 0.05, 0.01, 0.05, 6
 
 
-def offset_bins(layout: Layout, reach: int = REACH) -> np.ndarray:
+def offset_bins(layout: Layout, reach: int) -> np.ndarray:
     """The bin of every token: `[n_tokens]` int64, -1 for text and padding.
 
     Raises:
@@ -48,7 +48,7 @@ def offset_bins(layout: Layout, reach: int = REACH) -> np.ndarray:
     return bins
 
 
-def visible_pairs(layout: Layout, window: int | None, reach: int = REACH) -> np.ndarray:
+def visible_pairs(layout: Layout, window: int | None, reach: int) -> np.ndarray:
     """Tokens of each bin that a row sees in earlier images, `[2 * reach + 1]` float64: the mean over image rows.
 
     Args:

@@ -7,9 +7,8 @@ the machine. So a data set can grow, be dealt out or be resumed, and no prompt e
 from __future__ import annotations
 
 import hashlib
-import math
 
-import numpy as np
+from shared_profiles._values import is_number
 
 HELD_OUT = 0.25
 """Share of the prompts that is held out unless said otherwise."""
@@ -29,7 +28,7 @@ class Split[P]:
     """
 
     def __init__(self, share: float = HELD_OUT) -> None:
-        if not isinstance(share, int | float | np.floating) or not math.isfinite(share) or not 0 < share < 1:
+        if not is_number(share) or not 0 < share < 1:
             raise ValueError(f"held_out must be a share of the prompts in (0, 1), or prompts. Got {share!r}.")
         self.share = float(share)
         self.prompts: dict[str, P] = {}

@@ -27,7 +27,7 @@ def far_tensor(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dt
 
 
 def run(far: dict[str, tuple[int, ...]], split: bool, skip_dense: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Both kernels, launched as `triton_prefill` does, with some tensors spread out; dense outputs and log-sum-exps.
+    """Both kernels, launched as `triton_attention` does, with some tensors spread out; dense outputs and log-sum-exps.
 
     Args:
         far: strides of `q`, `k`, or the sizes `out` `[T, H]` and `parts` `[n_slots]` that the kernels are told.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import torch
@@ -195,16 +196,18 @@ def first_difference(got: np.ndarray, want: np.ndarray, prompts: Prompts) -> str
 
 
 def plans_of_torch(prompts: Prompts, monkeypatch: Any, head_dim: int = 128) -> tuple[Plan, ...]:
-    """The plans behind the work list that `triton_attention` launches its kernel with, on a Hopper GPU."""
-    handed: list[Work] = []
+    """The plans that `triton_attention` builds its work list from, on a Hopper GPU."""
     with monkeypatch.context() as patch:
         patch.setattr(triton_prefill, "INTERPRETED", True)  # so that CPU tensors get as far as the launch
-        patch.setattr(triton_prefill, "triton_prefill", lambda q, k, v, work, *args, **kwargs: handed.append(work))
+        patch.setattr(triton_prefill, "build_work", build := Mock(wraps=build_work))
+        for kernel in ("prefill_kernel", "merge_kernel"):
+            patch.setattr(triton_prefill, kernel, MagicMock())
         rows = len(prompts.layouts)
         q, k = (torch.zeros(rows, 1, n, head_dim).half() for n in (prompts.q_stop - prompts.q_start, prompts.q_stop))
         where = dict(scale=1.0, window=prompts.window, q_start=prompts.q_start)
         triton_prefill.triton_attention(q, k, k, list(prompts.layouts), [0], prompts.template, **where)
-    return handed[0].plans
+    plans: tuple[Plan, ...] = build.call_args.args[0]
+    return plans
 
 
 def plans_of_jax(prompts: Prompts) -> tuple[Plan, ...]:
@@ -215,13 +218,6 @@ def plans_of_jax(prompts: Prompts) -> tuple[Plan, ...]:
 def plan_arrays(plan: Plan) -> dict[str, np.ndarray]:
     """The arrays of a plan by name."""
     return {name: x for name, x in vars(plan).items() if isinstance(x, np.ndarray)}
-
-
-def cut(layout: Layout, stop: int) -> Layout:
-    """The prompt of which only `[0, stop)` exists so far."""
-    images = np.minimum(layout.images, stop)
-    images = images[images[:, 1] < images[:, 2]]
-    return Layout(stop, min(layout.start, stop), min(layout.stop, stop), images, layout.bidirectional)
 
 
 def alone(layout: Layout) -> Layout:

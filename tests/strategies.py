@@ -45,6 +45,13 @@ templates = st.builds(
 windows = st.none() | st.integers(1, 60)
 
 
+def cut(layout: Layout, stop: int) -> Layout:
+    """The prompt of which only `[0, stop)` exists so far."""
+    images = np.minimum(layout.images, stop)
+    images = images[images[:, 1] < images[:, 2]]
+    return Layout(stop, min(layout.start, stop), min(layout.stop, stop), images, layout.bidirectional)
+
+
 @st.composite
 def chunks(draw, layout: Layout) -> tuple[int, int]:
     """Queries `[q_start, q_stop)` of a prompt: all of it, or a chunk of a chunked prefill."""

@@ -24,7 +24,7 @@ from jax_blindsight.implementations import build_work, implementation
 from jax_blindsight.portable import attend_sequence
 from jax_blindsight.work import GATHERED_ROWS, attention_work
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
-from strategies import chunks, layouts, templates
+from strategies import chunks, cut, layouts, templates
 
 T, S, DIM = 216, 256, 16  # the buckets of the random layouts, of up to 214 tokens
 ALL, MIXED = (0, 1, 2, 3), (3, 1, 3, 0, 2, 1)
@@ -34,13 +34,6 @@ def draw_inputs(seed: int, batch: int, heads: int, kv_heads: int, queries: int, 
     rng = np.random.default_rng(seed)
     shapes = ((batch, heads, queries, dim), (batch, kv_heads, keys, dim), (batch, kv_heads, keys, dim))
     return [rng.standard_normal(shape) for shape in shapes]
-
-
-def cut(layout: Layout, stop: int) -> Layout:
-    """The prompt of which only `[0, stop)` exists so far."""
-    images = np.minimum(layout.images, stop)
-    images = images[images[:, 1] < images[:, 2]]
-    return Layout(stop, min(layout.start, stop), min(layout.stop, stop), images, layout.bidirectional)
 
 
 def padded(x: np.ndarray, n: int, fill: float) -> np.ndarray:

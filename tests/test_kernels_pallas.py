@@ -63,11 +63,8 @@ def draw_inputs(batch: int, heads: int, kv_heads: int, queries: int, keys: int, 
 def plain_attention(q, k, v, layouts, categories, template, *, scale, window, q_start, dtype) -> np.ndarray:
     """Attention with everything in `dtype`, a boolean mask and H = K, the bar of every kernel: `[B, H, T, D]`."""
     q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
-    stop = q_start + q.shape[2]
-    masks = [
-        [category_mask(x, Category(c), template, window=window, q_start=q_start, q_stop=stop) for c in categories]
-        for x in layouts
-    ]
+    where = dict(window=window, q_start=q_start)
+    masks = [[category_mask(x, Category(c), template, **where) for c in categories] for x in layouts]
     scores = jnp.where(np.array(masks), jnp.einsum("bhtd,bhsd->bhts", q, k) * jnp.asarray(scale, dtype), -jnp.inf)
     weights = jnp.nan_to_num(jax.nn.softmax(scores, axis=-1))
     return np.asarray(jnp.einsum("bhts,bhsd->bhtd", weights, v), np.float64)

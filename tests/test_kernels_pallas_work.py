@@ -14,6 +14,7 @@ from blindsight_kernels.pallas_work import FIELDS, GATHERED, NO_TILE, build_pall
 from blindsight_kernels.plans import build_plans
 from parity_plan import read_pallas
 from shared_profiles import Category, Layout, SinkTemplate, build_plan, category_mask
+from strategies import cut
 
 
 def long_prompt(n: int, n_images: int, text: int = 12) -> Layout:
@@ -100,7 +101,7 @@ def test_parts_stay_few_however_long_the_text(text, n_slots):
     [
         (TEXT, 1, {}),
         (TEXT, 13, dict(q_start=199_000)),
-        (TEXT, 2, dict(q_stop=20_000)),
+        (cut(TEXT, 20_000), 2, {}),
         (long_prompt(300_000, 1, 10_000), 2, dict(window=20_000)),
         (TEXT, 8, dict(q_start=199_000, max_keys=25_000)),
         (TEXT, 1, dict(q_start=199_000, max_keys=None)),
@@ -121,7 +122,7 @@ def test_heads_of_a_group_stay_adjacent_and_the_most_expensive_come_first():
 def test_refusals():
     template = SinkTemplate(local_block=256)
     plan = build_plan(long_prompt(4000, 2), template)
-    with pytest.raises(ValueError, match=r"must share q_start, q_stop, window and n_tokens"):
+    with pytest.raises(ValueError, match=r"must share q_start, window and n_tokens"):
         build_pallas_work((plan, build_plan(long_prompt(4000, 2), template, window=9)), 128)
     with pytest.raises(ValueError, match=r"must share .*Got \[\]"):
         build_pallas_work((), 128)

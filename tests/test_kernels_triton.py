@@ -15,7 +15,7 @@ from blindsight_kernels.reference import reference_attention
 from blindsight_kernels.triton_configurations import Configuration
 from interpreted import Attend, interpreted, native
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
-from strategies import chunks, layouts, templates, windows
+from strategies import chunks, cut, layouts, templates, windows
 
 TEMPLATE = SinkTemplate(local_block=32)
 SMALL = {tma: Configuration(16, 16, 4, 2, tma) for tma in (False, True)}  # many tiles of every kind in a short prompt
@@ -43,13 +43,6 @@ def assert_equals_reference(attend: Attend, q, k, v, *args, max_keys=None, tiles
     want, want_lse = reference(q, k, v, *args, **kwargs)
     np.testing.assert_allclose(out.transpose(1, 2).double().numpy(), want, rtol=0, atol=4e-6)
     np.testing.assert_allclose(lse.double().numpy(), want_lse, rtol=0, atol=4e-6)
-
-
-def cut(layout: Layout, stop: int) -> Layout:
-    """The layout of a prompt of which only `[0, stop)` exists so far."""
-    images = np.minimum(layout.images, stop)
-    images = images[images[:, 1] < images[:, 2]]
-    return Layout(stop, min(layout.start, stop), min(layout.stop, stop), images, layout.bidirectional)
 
 
 @settings(max_examples=8)
@@ -218,9 +211,7 @@ def test_refusals(attend):
 def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
     """Checks that look at strides, dtypes and devices, made where the tensors are."""
     from blindsight_kernels import triton_prefill
-    from blindsight_kernels.triton_prefill import build_work, check_inputs, triton_attention
-    from blindsight_kernels.triton_prefill import triton_prefill as prefill
-    from shared_profiles import build_plan
+    from blindsight_kernels.triton_prefill import check_inputs, triton_attention
 
     q, k, v = draw_inputs(1, 4, 2, 75, 75, 32, torch.float32)
     with pytest.raises(ValueError, match=r"on a CUDA GPU. Got cpu.*portable"):
@@ -234,7 +225,6 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
             triton_prefill.check_device(torch.device("cuda"))
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         triton_prefill.check_device(torch.device("cuda"))
-    assert triton_prefill._on(torch.device("cuda:1")).idx == 1  # launched where the tensors are
     monkeypatch.setattr(triton_prefill, "INTERPRETED", True)
     with pytest.raises(ValueError, match=r"must get CPU tensors where it is interpreted"):
         triton_prefill.check_device(torch.device("cuda"))
@@ -253,19 +243,6 @@ def test_refusals_of_what_does_not_travel_to_a_worker(monkeypatch):
         check_inputs(q, torch.zeros(1, 2, 75, 33)[..., :32], v, 0.2)
     one = torch.zeros(75, 32).as_strided((1, 1, 75, 32), (7, 5, 32, 1))  # no key stands by a dimension of one element
     check_inputs(q, one, one, 0.2)
-
-    work = build_work((build_plan(prompt(75), TEMPLATE, tile_rows=16),), 16, q.device)
-    with pytest.raises(ValueError, match=r"B=1 rows of T=74 queries. Got 1 plans of queries \[0, 75\)"):
-        prefill(q[:, :, :74], k, v, work, [0] * 4, scale=0.2)
-    with pytest.raises(ValueError, match=r"built with tile_rows up to .*Got tile_rows=16, block_k=16, on cpu"):
-        prefill(q, k, v, work, [0] * 4, scale=0.2)
-    with pytest.raises(ValueError, match=r"share one device and one dtype"):
-        prefill(q, k.half(), v, work, [0] * 4, scale=0.2, tiles=SMALL[True])
-    uneven = build_work((work.plans[0], build_plan(prompt(75), TEMPLATE, tile_rows=32)), 16, q.device)
-    with pytest.raises(ValueError, match=r"Got tile_rows=32, block_k=16"):
-        prefill(*(x.expand(2, -1, -1, -1) for x in (q, k, v)), uneven, [0] * 4, scale=0.2, tiles=SMALL[True])
-    with pytest.raises(ValueError, match=r"must share q_start, q_stop, window and n_tokens"):
-        build_work((work.plans[0], build_plan(prompt(75), TEMPLATE, tile_rows=16, window=9)), 16, q.device)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -118,18 +119,37 @@ def test_every_gpu_gets_tiles_that_fit_it(monkeypatch, major, tiles_of):
         assert triton_prefill.choose(torch.zeros(1, 64, dtype=dtype)) == configuration(tiles_of, 64, dtype.itemsize)
 
 
+def launch_both(monkeypatch, launch) -> None:
+    """Calls `launch(q, options)` for either kernel of a prompt whose text is computed in parts."""
+    q = torch.zeros(1, 1, 200, 16)
+    kernel = type("Kernel", (), {"__getitem__": lambda *_: lambda *_, **options: launch(q, options)})()
+    monkeypatch.setattr(triton_prefill, "INTERPRETED", True)
+    for name in ("prefill_kernel", "merge_kernel"):
+        monkeypatch.setattr(triton_prefill, name, kernel)
+    layout = Layout(200, 0, 200, np.array([[4, 5, 20, 20]]))
+    triton_prefill.triton_attention(q, q, q, [layout], [Category.SINK], SinkTemplate(), scale=1.0, max_keys=32)
+
+
+def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch):
+    current, where = [None], []
+
+    @contextmanager
+    def device_of(x):
+        current.append(x)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    launch_both(monkeypatch, lambda q, options: where.append(current[-1] is q))
+    assert where == [True, True]
+
+
 def test_products_are_added_in_one_instruction_whatever_is_the_default(monkeypatch):
     """Both launches ask for it, as compiling ahead of time does: without, there is an eighth more arithmetic."""
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
     assert "fma.rn.f32" in compile_kernel(90, 16, "bf16", merge=True).ptx
     asked = []
-    launch = type("Launch", (), {"__getitem__": lambda *_: lambda *_, **options: asked.append(options)})()
-    monkeypatch.setattr(triton_prefill, "INTERPRETED", True)
-    for kernel in ("prefill_kernel", "merge_kernel"):
-        monkeypatch.setattr(triton_prefill, kernel, launch)
-    layout = Layout(200, 0, 200, np.array([[4, 5, 20, 20]]))
-    q = torch.zeros(1, 1, 200, 16)
-    triton_prefill.triton_attention(q, q, q, [layout], [Category.SINK], SinkTemplate(), scale=1.0, max_keys=32)
+    launch_both(monkeypatch, lambda q, options: asked.append(options))
     assert [options["enable_fp_fusion"] for options in asked] == [True, True]
     assert asked[0]["PRECISION"] == "ieee"  # float32
 

@@ -90,3 +90,10 @@ def test_wrong_categories_are_refused(categories, n_kv_heads):
     work = build_work((build_plan(long_prompt(2), SinkTemplate()),), 64, CPU)
     with pytest.raises(ValueError, match="categories must be one of"):
         order_heads(categories, n_kv_heads, work)
+
+
+def test_plans_of_different_windows_are_refused():
+    layout = long_prompt(1)
+    plans = build_plan(layout, SinkTemplate()), build_plan(layout, SinkTemplate(), window=9)
+    with pytest.raises(ValueError, match=r"must share q_start, window and n_tokens"):
+        build_work(plans, 16, CPU)

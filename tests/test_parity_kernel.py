@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import parity_attention
 from parity_attention import CASES, Case, Result, compare, implementations, run_all, to_jax
-from parity_plan import alone, cut
+from parity_plan import alone
 from parity_subjects import DEVICES, jax_on
 from shared_profiles import SinkTemplate
-from strategies import chunks, layouts, templates
+from strategies import chunks, cut, layouts, templates
 
 
 @pytest.fixture(scope="module", params=DEVICES)

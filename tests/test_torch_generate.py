@@ -259,7 +259,7 @@ def test_chunks_that_cut_images(model, family, profile, size):
 def test_a_chunk_of_gemma_sees_of_its_image_what_exists():
     """A border inside an image hides the image's later tokens from its earlier ones, as in the model's own chunks.
 
-    `category_mask` says so, by `q_stop`, and the reference follows it.
+    `category_mask` says so of the layout of the tokens so far, and the reference follows it.
     """
     model = double_model("gemma3")
     pieces = Pieces(model, one_prompt("gemma3", 3), pictures=False)

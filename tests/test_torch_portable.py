@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from attention_inputs import draw_inputs
 from blindsight_kernels.reference import reference_attention
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
-from strategies import chunks, layouts, templates, windows
+from strategies import chunks, cut, layouts, templates, windows
 from torch_blindsight import fused, portable
 from torch_blindsight.portable import portable_attention
 
@@ -26,9 +26,7 @@ def test_equals_the_reference(data, template, window, head_counts, seed):
     layout = data.draw(layouts())
     rows = [layout, Layout(layout.n_tokens, layout.start, layout.stop, layout.images[:1], layout.bidirectional)]
     q_start, q_stop = data.draw(chunks(layout))
-    rows = [
-        Layout(q_stop, min(r.start, q_stop), min(r.stop, q_stop), cut(r.images, q_stop), r.bidirectional) for r in rows
-    ]
+    rows = [cut(row, q_stop) for row in rows]
     categories = np.array(data.draw(st.lists(st.integers(0, 3), min_size=heads, max_size=heads)))
     spare = data.draw(st.integers(0, 3))  # a static cache is longer than the prompt
     q, k, v = draw_inputs(seed, 2, heads, kv_heads, q_stop - q_start, q_stop + spare, 16, torch.float64)
@@ -38,12 +36,6 @@ def test_equals_the_reference(data, template, window, head_counts, seed):
     want, want_lse = reference_attention(q.numpy(), k.numpy(), v.numpy(), rows, categories, template, **arguments)
     np.testing.assert_allclose(out.transpose(1, 2).numpy(), want, rtol=0, atol=1e-12)
     np.testing.assert_allclose(lse.numpy(), want_lse, rtol=0, atol=1e-12)
-
-
-def cut(images: np.ndarray, stop: int) -> np.ndarray:
-    """The images of a prompt of which only `[0, stop)` exists so far."""
-    images = np.minimum(images, stop)
-    return images[images[:, 1] < images[:, 2]]
 
 
 def three_images(bidirectional: bool) -> Layout:

@@ -24,11 +24,10 @@ from torch_blindsight.sinks import SinkMeter, WithoutDelimiters, measure_sinks
 
 def metered(q, k, layout, scale, window):
     """What the meter makes of one layer."""
-    meter = SinkMeter([layout], SimpleNamespace(n_layers=1, n_heads=len(q)), REACH)
+    meter = SinkMeter(layout, SimpleNamespace(n_layers=1, n_heads=len(q)), REACH)
     dense, intra = (lse(q, k, layout, c, scale, window)[None] for c in (Category.DENSE, Category.INTRA_IMAGE))
     meter.add(0, q[None], k[None], scale, window, dense, intra)
-    (mass,) = meter.records()
-    return mass
+    return meter.mass()
 
 
 @settings(max_examples=40)
@@ -43,21 +42,6 @@ def test_the_meter_equals_the_attention_matrix_summed_by_hand(layout, window, se
         sinks._SCORES = before
     np.testing.assert_allclose(stacked(mass), by_hand(q, k, layout, 0.5, window), atol=2e-6)
     np.testing.assert_allclose(stacked(mass).sum(-1), 1, atol=2e-6)
-
-
-def test_a_row_of_one_image_beside_others_shows_nothing():
-    layout = Layout(60, 0, 60, np.arange(3)[:, None] * 18 + np.array([2, 3, 14, 15]))
-    lone = Layout(60, 0, 60, layout.images[:1])
-    q, k, _ = draw_inputs(3, 2, 4, 2, 60, 60, 8, torch.float32)
-    meter = SinkMeter([lone, layout], SimpleNamespace(n_layers=1, n_heads=4), REACH)
-    dense, intra = (
-        torch.stack([lse(q[b], k[b], row, category, 0.5, None) for b, row in enumerate((lone, layout))])
-        for category in (Category.DENSE, Category.INTRA_IMAGE)
-    )
-    meter.add(0, q, k, 0.5, None, dense, intra)
-    nothing, mass = meter.records()
-    assert nothing is None
-    np.testing.assert_allclose(stacked(mass), by_hand(q[1], k[1], layout, 0.5, None), atol=2e-6)
 
 
 class Largest(TorchDispatchMode):
@@ -79,7 +63,7 @@ def test_no_matrix_of_the_prompts_length_squared_exists(monkeypatch):
     rows = np.arange(30)[:, None] * 200 + np.array([2, 3, 197, 198])
     layout = Layout(6000, 0, 6000, rows)
     q, k, _ = draw_inputs(0, 1, 4, 2, 6000, 6000, 8, torch.float32)
-    meter = SinkMeter([layout], SimpleNamespace(n_layers=1, n_heads=4))
+    meter = SinkMeter(layout, SimpleNamespace(n_layers=1, n_heads=4), REACH)
     with Largest() as largest:
         meter.add(0, q, k, 0.3, None, torch.zeros(1, 4, 6000), torch.zeros(1, 4, 6000))
     assert 0 < largest.n <= 1 << 18
@@ -92,7 +76,7 @@ def test_nothing_is_uploaded_a_block_at_a_time(monkeypatch):
     q, k, _ = (x[0] for x in draw_inputs(0, 1, 4, 2, 600, 600, 8, torch.float32))
     uploads, from_numpy = [], torch.from_numpy
     monkeypatch.setattr(sinks, "_SCORES", 300)
-    meter = SinkMeter([layout], SimpleNamespace(n_layers=1, n_heads=4))
+    meter = SinkMeter(layout, SimpleNamespace(n_layers=1, n_heads=4), REACH)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "from_numpy", lambda x: uploads.append(x) or from_numpy(x))
         meter.add(0, q[None], k[None], 0.3, None, torch.zeros(1, 4, 600), torch.zeros(1, 4, 600))

@@ -64,13 +64,13 @@ class Rows:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, q_start: int) -> None:
         self.q, self.k, self.v = q, k, v  # [1, heads, T or S, D]
         self.layout, self.window = layout, window
-        self.q_start, self.q_stop = q_start, q_start + q.shape[2]
+        self.q_start = q_start
         self.triangles: dict[int, Tensor] = {}
 
     def calls(self, category: Category, template: SinkTemplate) -> Iterator[Call]:
         """Yields calls that give every row of the chunk each key that its category lets it see, once."""
         layout = self.layout
-        first, last = max(self.q_start, layout.start), min(self.q_stop, layout.stop)
+        first, last = max(self.q_start, layout.start), layout.stop
         whole = category is Category.DENSE and self.window is None and not layout.bidirectional
         if whole and first == layout.start:
             if first < last:
@@ -80,9 +80,7 @@ class Rows:
             return
         yield from self._text(layout.textual_rows)
         packed = packed_positions(layout, category, template)
-        tiles = image_tiles(
-            layout, category, template, packed, window=self.window, q_start=self.q_start, q_stop=self.q_stop
-        )
+        tiles = image_tiles(layout, category, template, packed, window=self.window, q_start=self.q_start)
         index = torch.from_numpy(packed).to(self.q.device)
         packed_kv = [x[:, :, index] for x in (self.k, self.v)]  # [1, heads, P, D]
         groups = list(_groups(tiles))
@@ -148,7 +146,7 @@ class Rows:
 
     def _text(self, rows: np.ndarray) -> Iterator[Call]:
         """Text and delimiter rows: everything before them, inside the window."""
-        for block in _text_blocks(rows[(rows >= self.q_start) & (rows < self.q_stop)]):
+        for block in _text_blocks(rows[rows >= self.q_start]):
             lo = self.layout.start if self.window is None else max(self.layout.start, int(block[0]) - self.window + 1)
             hi = int(block[-1]) + 1
             queries = torch.from_numpy(block - self.q_start).to(self.q.device)
@@ -202,13 +200,16 @@ def _groups(tiles: Tiles) -> Iterator[Tiles]:
 def _text_blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
     """Cuts ascending positions into blocks; see `_LONG_TEXT`."""
     runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
-    short = [run for run in runs if len(run) < _LONG_TEXT]
-    gathered = np.concatenate(short) if short else rows[:0]
-    for run in [gathered, *(run for run in runs if len(run) >= _LONG_TEXT)]:
-        step = _TEXT_ROWS
-        if len(run) and run is not gathered:
-            step = max(_TEXT_ROWS, min(_BLOCK_ROWS, _BIAS_ENTRIES // int(run[-1] + 1)))
-        yield from np.split(run, range(step, len(run), step)) if len(run) else ()
+    gathered = np.concatenate([rows[:0], *(run for run in runs if len(run) < _LONG_TEXT)])
+    yield from _cut(gathered, _TEXT_ROWS)
+    for run in runs:
+        if len(run) >= _LONG_TEXT:
+            yield from _cut(run, max(_TEXT_ROWS, min(_BLOCK_ROWS, _BIAS_ENTRIES // int(run[-1] + 1))))
+
+
+def _cut(rows: np.ndarray, n: int) -> Iterator[np.ndarray]:
+    """Pieces of n rows, the last as long as is left."""
+    return (rows[i : i + n] for i in range(0, len(rows), n))
 
 
 def _join(extra: Tensor, own: Tensor, buffer: Tensor) -> Tensor:

@@ -90,5 +90,4 @@ def _pairs(layout: Layout, template: SinkTemplate, window: int | None, q_start: 
     plan = build_plan(
         layout, template, tile_rows=math.gcd(_BLOCK_ROWS, template.local_block), window=window, q_start=q_start
     )
-    keys = plan.hi - plan.lo + plan.packed_stop - plan.packed_start  # [4, n_tiles]
-    return keys.astype(np.float64) @ plan.n_rows
+    return plan.n_keys.astype(np.float64) @ plan.n_rows

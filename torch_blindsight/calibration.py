@@ -30,7 +30,7 @@ from shared_profiles.statistics import PromptStatistics
 from torch_blindsight.gradient import GradientMode, measure_with_gradient
 from torch_blindsight.held_out import HeldOut, moved
 from torch_blindsight.implementations import Implementation, Name, implementation
-from torch_blindsight.models import PACKAGES, ModelInfo, fingerprint, inspect_model
+from torch_blindsight.models import PACKAGES, ModelInfo, evaluating, fingerprint, inspect_model
 from torch_blindsight.observe import ObserveMode, Observer
 from torch_blindsight.patching import HANDLE, Handle
 from torch_blindsight.processes import joined_processes
@@ -118,35 +118,29 @@ def calibrate(
     split: Split[Mapping[str, Any]] | None = None
     if limit is not None:
         split = _Aside(held_out) if isinstance(held_out, int | float | np.floating) else _given(model, info, held_out)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with joined_processes() as processes, one_writer(state, processes):
-            hidden = processes.rank > 0 or (None if progress is None else not progress)
-            collector = Collector(
-                tqdm(prompts, desc="calibrating", unit="prompt", disable=hidden),
-                lambda prompt: _arrays(model, prompt),
-                print_,
-                rankings=rankings_for(limit),
-                state=state,
-                merge=merge,
-                save_every=save_every,
-                split=split,
-                processes=processes,
-            )
-            template = template or _template(model, collector, local_block, impl)
-            with measuring(model, info, chosen, template, rankings_for(limit)) as measure:
-                statistics = collector.collect(measure, template)
-            profile = make_profile(statistics, thresholds or Thresholds(), template, print_, dataset, PACKAGES)
-            if limit is not None and split is not None:
-                held = HeldOut(model, info, chosen, profile, split.prompts, processes)
-                made_from = make_provenance(dataset, statistics, PACKAGES, held.n_tokens)
-                profile = replace(profile, provenance=made_from)
-                profile = tune(profile, limit, held, held_out=dataset_hash(held.n_tokens))
-            return processes.gather(profile)[0]  # they differ in when they were made
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), joined_processes() as processes, one_writer(state, processes):
+        hidden = processes.rank > 0 or (None if progress is None else not progress)
+        collector = Collector(
+            tqdm(prompts, desc="calibrating", unit="prompt", disable=hidden),
+            lambda prompt: _arrays(model, prompt),
+            print_,
+            rankings=rankings_for(limit),
+            state=state,
+            merge=merge,
+            save_every=save_every,
+            split=split,
+            processes=processes,
+        )
+        template = template or _template(model, collector, local_block, impl)
+        with measuring(model, info, chosen, template, rankings_for(limit)) as measure:
+            statistics = collector.collect(measure, template)
+        profile = make_profile(statistics, thresholds or Thresholds(), template, print_, dataset, PACKAGES)
+        if limit is not None and split is not None:
+            held = HeldOut(model, info, chosen, profile, split.prompts, processes)
+            made_from = make_provenance(dataset, statistics, PACKAGES, held.n_tokens)
+            profile = replace(profile, provenance=made_from)
+            profile = tune(profile, limit, held, held_out=dataset_hash(held.n_tokens))
+        return processes.gather(profile)[0]  # they differ in when they were made
 
 
 def _template(

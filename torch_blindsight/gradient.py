@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from shared_profiles import Category, Layout, SinkTemplate
 from shared_profiles.fisher import fisher_vector, magnified, prompt_seed
 from torch_blindsight.attention import Prefill, announce
-from torch_blindsight.models import unpack
+from torch_blindsight.models import decoder_layers, unpack
 from torch_blindsight.observe import ObserveMode, Observer
 from torch_blindsight.portable import portable_attention
 from torch_blindsight.prompts import next_token_logits
-from torch_blindsight.residual import decoder_layers
 
 
 class GradientMode(ObserveMode):

@@ -1,15 +1,10 @@
-"""Picking some heads or rows of a tensor, and writing or adding to them: without a copy where they are neighbours."""
+"""Reading, writing and adding to some heads or rows of a tensor: without a copy where they are neighbours."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
-
-
-def pick(x: Tensor, heads: np.ndarray) -> Tensor:
-    """Heads of `[B, H, N, D]`, `heads` ascending or with repetitions; a view where they are neighbours."""
-    return x[:, as_index(heads, x.device)]
 
 
 def as_index(numbers: np.ndarray, device: torch.device) -> slice | Tensor:

@@ -68,12 +68,11 @@ class HeldOut:
                 reference.layout = None
                 with of_prompt(f"held-out prompt {prompt_id}"):
                     log_probs = self._log_probs(prompts[prompt_id])
-                    if reference.layout is not None:
-                        require_numbers(log_probs)
-                if reference.layout is not None:
-                    self._prompts[prompt_id], self._dense[prompt_id] = prompts[prompt_id], log_probs
                     layout = reference.layout
-                    sizes[prompt_id] = layout.stop - layout.start, layout.n_images
+                    if layout is not None:
+                        require_numbers(log_probs)
+                        self._prompts[prompt_id], self._dense[prompt_id] = prompts[prompt_id], log_probs
+                        sizes[prompt_id] = layout.stop - layout.start, layout.n_images
         together = dict(sorted((k, size) for theirs in processes.gather(sizes) for k, size in theirs.items()))
         self.n_tokens = {prompt_id: n for prompt_id, (n, _) in together.items()}
         self._n_images = np.array([n for _, n in together.values()])

@@ -80,7 +80,7 @@ def attention_maps(
 
     Raises:
         ValueError: the prompt is malformed, too long to draw, or has fewer than two images; or the model is patched.
-        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
+        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
     """
     with observing(model, lambda _, attend: MapMode(attend, heads), impl) as mode:
         model(**prompt, use_cache=False, logits_to_keep=1)

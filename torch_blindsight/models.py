@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -118,6 +119,24 @@ def inspect_model(model: nn.Module) -> ModelInfo:
     )
 
 
+def decoder_layers(model: nn.Module, info: ModelInfo) -> list[Any]:
+    """The layers that hold the attention modules, in order."""
+    parents = {id(child): module for module in model.modules() for child in module.children()}
+    return [parents[id(attention)] for attention in info.attentions]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In this context the model is in evaluation mode; then every module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _refuse_wrapped(model: nn.Module) -> None:
     """Refuses wrappers, under which hooks on the outermost module would not see a forward's arguments."""
     kind = type(model).__name__
@@ -157,7 +176,8 @@ def fingerprint(model: nn.Module, info: ModelInfo | None = None) -> Fingerprint:
         info: `inspect_model(model)`, if at hand.
 
     Raises:
-        ValueError: see `inspect_model`; or weights that are not loaded (meta device).
+        ValueError, NotImplementedError: see `inspect_model`.
+        ValueError: weights that are not loaded (meta device).
     """
     info = info or inspect_model(model)
     config: Any = model.config

@@ -1,7 +1,7 @@
 """Measuring a prefill: what each category would keep and change, from the attention's own outputs and `lse`.
 
 The observed forward runs dense. For every layer the three sparse categories are computed beside it, and per head
-two means over the image rows that have an earlier image are kept (DESIGN.md, section 4, stage 1):
+two means over the image rows that have an earlier image are kept (`PromptStatistics`):
 
 * retained mass `exp(lse_category - lse_dense)`, the share of softmax weight that the category keeps;
 * relative output error `||o_category - o_dense|| / ||o_dense||`;
@@ -93,7 +93,6 @@ class Observer:
         # Image rows that have an earlier image: all that a category can change.
         self.rows = [concatenated_ranges(x.images[1:, 1], x.images[1:, 2]) for x in layouts]
 
-    @torch.no_grad()
     def __call__(
         self, prefill: Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:

@@ -32,7 +32,7 @@ from torch_blindsight.freeze import Freezer
 from torch_blindsight.implementations import Implementation, Name, attention_devices, implementation
 from torch_blindsight.models import ModelInfo, checkpoint_folder, fingerprint, inspect_model
 from torch_blindsight.modes import Mode, SparseMode
-from torch_blindsight.prompts import Chunk, Dense, forget_changed, note_tokens, read_layouts, worth_it
+from torch_blindsight.prompts import Chunk, Dense, forget_changed, length_of, note_tokens, read_layouts, worth_it
 from torch_blindsight.pruning import REFUSAL, PrunedPrefill, Pruner, Pruning
 from torch_blindsight.tensor_parallel import require_agreement
 
@@ -185,7 +185,7 @@ class Handle:
         arguments |= arguments.pop("kwargs", {}) | arguments.pop("lm_kwargs", {})
         self._refuse(arguments)
         cache = arguments.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = length_of(cache)
         forget_changed(cache)
         must_prune = self._pruning is not None and self._pruning.must_prune(arguments, module.training)
         prefill = None
@@ -377,14 +377,13 @@ def patch(
         require_agreement(info.attentions, profile and (profile.template, profile.categories.tolist()))
     if pruner is not None:
         info.require_all_heads("a pruner")
+        if profile is None:
+            raise ValueError(
+                "a pruner needs a profile: prompts are measured whole. Got none, and none was found for this model. "
+                "Make one with calibrate, or pass Profile.uniform(Category.DENSE, fingerprint(model)) to prune only."
+            )
     if profile is None:
         info.require_all_heads("measuring the first prompts, for want of a profile,")
-    if profile is None and pruner is not None:
-        raise ValueError(
-            "a pruner needs a profile: prompts are measured whole. Got none, and none was found for this model. "
-            "Make one with calibrate, or pass Profile.uniform(Category.DENSE, fingerprint(model)) to prune only."
-        )
-    if profile is None:
         mode: Mode = Freezer(info, print_, template or SinkTemplate(), measure_prompts, chosen, break_even)
         logger.warning(
             "found no profile of this model: looked %s; the first %d multi-image prompts run dense while they are "

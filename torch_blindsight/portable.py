@@ -18,7 +18,7 @@ from blindsight_kernels.checks import check_arrays, check_categories, check_keys
 from shared_profiles import Category, Layout, SinkTemplate
 from torch_blindsight.blocks import Call, Rows
 from torch_blindsight.fused import attend, attend_backward
-from torch_blindsight.heads import add, as_index, pick, put, take
+from torch_blindsight.heads import add, as_index, put, take
 from torch_blindsight.merging import merge
 
 
@@ -80,10 +80,9 @@ class _Prefill:
         group = q.shape[1] // k.shape[1]
         for value in np.unique(self.categories):
             heads = np.flatnonzero(self.categories == value)
-            where, kv_heads = as_index(heads, q.device), torch.from_numpy(heads // group).to(q.device)
-            # [B, heads, T, D]; a view when the heads are neighbours
-            q_heads = pick(q, heads)
-            k_heads, v_heads = (pick(x, heads // group) for x in (k, v))
+            where, of_keys = (as_index(x, q.device) for x in (heads, heads // group))
+            kv_heads = torch.from_numpy(heads // group).to(q.device)
+            q_heads, k_heads, v_heads = q[:, where], k[:, of_keys], v[:, of_keys]  # [B, heads, T or S, D]
             for b, layout in enumerate(self.layouts):
                 one = slice(b, b + 1)
                 rows = Rows(q_heads[one], k_heads[one], v_heads[one], layout, self.window, self.q_start)

@@ -93,6 +93,11 @@ class _Known:
         return type(None), ()
 
 
+def length_of(cache: Any) -> int:
+    """Tokens in a cache; 0 for None."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
 def forget_changed(cache: Any) -> None:
     """Before a forward: forgets a cache that somebody wrote to, or whose rows they reordered; cropping does neither."""
     known: _Known | None = getattr(cache, _KNOWN, None)
@@ -165,7 +170,7 @@ def read_layouts(arguments: Mapping[str, Any], family: Family, special: SpecialT
     if ids.shape[1] == 1:
         raise Dense("decode step")
     cache = arguments.get("past_key_values")
-    past = int(cache.get_seq_length()) if cache is not None else 0
+    past = length_of(cache)
     if _packed(arguments):
         raise Dense("several sequences in one row")
     mask = made_of(arguments.get("attention_mask"))

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from shared_profiles import Layout
 from torch_blindsight.attention import AttendLayer, Prefill, current_prefill
-from torch_blindsight.models import ModelInfo
+from torch_blindsight.models import ModelInfo, decoder_layers
 from torch_blindsight.modes import SparseMode
-from torch_blindsight.prompts import Dense, holds_pictures, worth_it
+from torch_blindsight.prompts import Dense, holds_pictures, length_of, worth_it
 
 REFUSAL = (
     "a patch with a pruner takes prompts with images one at a time, whole, unpadded, on a dynamic cache. Got: {}. "
@@ -144,7 +144,7 @@ class Pruning:
             raise ValueError(f"a pruner's layer must be one of the model's {info.n_layers}. Got {layer}.")
         self.pruner, self._info = pruner, info
         self._decoder: Any = model.get_decoder()  # type: ignore[operator]  # of every transformers model
-        self._layers = [next(m for m in model.modules() if getattr(m, "self_attn", 0) is a) for a in info.attentions]
+        self._layers = decoder_layers(model, info)
 
     def hooks(self) -> list[Any]:
         """Hangs the hooks; removing them undoes it."""
@@ -165,7 +165,7 @@ class Pruning:
             ValueError: it is one that cannot be pruned, or follows a pruned one and is no decode step.
         """
         ids, cache = arguments.get("input_ids"), arguments.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = length_of(cache)
         filled: _Filled | None = getattr(cache, _FILLED, None)
         if filled is not None:
             self._check_step(arguments, past - filled.length)
@@ -227,7 +227,7 @@ class Pruning:
     def next_position(self, cache: Any) -> Tensor | None:
         """The position id of the token that a decode step adds; None for a cache of no pruned prompt."""
         filled: _Filled | None = getattr(cache, _FILLED, None)
-        return None if filled is None else filled.next_position + (int(cache.get_seq_length()) - filled.length)
+        return None if filled is None else filled.next_position + (length_of(cache) - filled.length)
 
     def after(self, prefill: PrunedPrefill, cache: Any) -> None:
         """Notes what a prefill has left in its cache.
@@ -238,7 +238,7 @@ class Pruning:
         if prefill.kept is None or prefill.next_position is None:
             raise RuntimeError("the decoder layers must be called with their hooks. Got a prefill that was not pruned.")
         if cache is not None:
-            setattr(cache, _FILLED, _Filled(int(cache.get_seq_length()), prefill.next_position))
+            setattr(cache, _FILLED, _Filled(length_of(cache), prefill.next_position))
 
     def _noting(self, attend: AttendLayer) -> AttendLayer:
         """`attend`, keeping what the pruner wants to see of the layer before its own."""

@@ -11,13 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_blindsight.models import ModelInfo
-
-
-def decoder_layers(model: nn.Module, info: ModelInfo) -> list[Any]:
-    """The layers that hold the attention modules, in order."""
-    parents = {id(child): module for module in model.modules() for child in module.children()}
-    return [parents[id(attention)] for attention in info.attentions]
+from torch_blindsight.models import ModelInfo, decoder_layers
 
 
 class ResidualStream:

@@ -21,7 +21,7 @@ from shared_profiles import Category, Layout, SinkTemplate
 from shared_profiles.sink_statistics import REACH, SinkMass, SinkRows
 from torch_blindsight.attention import AttendLayer, Prefill
 from torch_blindsight.implementations import Attend, Name, implementation
-from torch_blindsight.models import ModelInfo, inspect_model
+from torch_blindsight.models import ModelInfo, evaluating, inspect_model
 from torch_blindsight.modes import Mode
 from torch_blindsight.patching import Handle
 from torch_blindsight.prompts import Dense, next_token_logits
@@ -31,19 +31,18 @@ _SCORES, _SCORES_CUDA = 1 << 22, 1 << 27
 
 
 class SinkMeter:
-    """Collects the `SinkMass` of one forward, one per batch row.
+    """Collects the `SinkMass` of one prompt.
 
     Args:
-        layouts: B layouts of whole prompts; rows with fewer than two images are skipped.
+        layout: of the whole prompt, of at least two images.
         info: the model.
         reach: offsets told apart at either end of an image.
     """
 
-    def __init__(self, layouts: list[Layout], info: ModelInfo, reach: int = REACH) -> None:
-        self.layouts, self.reach = layouts, reach
+    def __init__(self, layout: Layout, info: ModelInfo, reach: int) -> None:
+        self._layout, self._rows, self._reach = layout, SinkRows.of(layout, reach), reach
         self._windows: list[int | None] = [None] * info.n_layers
-        self._found = [SinkRows.of(layout, reach) if layout.n_images >= 2 else None for layout in layouts]
-        shape = len(layouts), info.n_layers, info.n_heads
+        shape = info.n_layers, info.n_heads
         self._told, self._kept = np.zeros((*shape, 2 * reach + 2)), np.zeros(shape)  # as in `SinkMass.of`
 
     @torch.no_grad()
@@ -54,24 +53,22 @@ class SinkMeter:
 
         Args:
             layer: its number.
-            q: `[B, H, T, D]`.
-            k: `[B, K, T, D]`.
+            q: `[1, H, T, D]`.
+            k: `[1, K, T, D]`.
             scale: factor on the scores.
             window: the layer's sliding window.
-            dense: log-sum-exp of all heads run `DENSE`, `[B, H, T]` float32 or float64.
+            dense: log-sum-exp of all heads run `DENSE`, `[1, H, T]` float32 or float64.
             intra: the same of `INTRA_IMAGE`.
         """
         self._windows[layer] = window
-        for b, found in enumerate(self._found):
-            if found is not None:
-                told, kept = self._look(found, q[b], k[b], scale, window, dense[b], intra[b])
-                self._told[b, layer], self._kept[b, layer] = told.cpu().numpy(), kept.cpu().numpy()
+        told, kept = self._look(q[0], k[0], scale, window, dense[0], intra[0])
+        self._told[layer], self._kept[layer] = told.cpu().numpy(), kept.cpu().numpy()
 
     def _look(
-        self, found: SinkRows, q: Tensor, k: Tensor, scale: float, window: int | None, dense: Tensor, intra: Tensor
+        self, q: Tensor, k: Tensor, scale: float, window: int | None, dense: Tensor, intra: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What rows of one prompt and layer give to every bin and text, and to own image and text, means over them."""
-        n_bins = 2 * self.reach + 1
+        """What the rows give in one layer to every bin and text, and to own image and text, means over them."""
+        found, n_bins = self._rows, 2 * self._reach + 1
         where, group = torch.from_numpy(found.keys).to(k.device), q.shape[0] // k.shape[0]
         keys = k[:, where].float()  # [K, P, D]
         bins = torch.from_numpy(found.bins).to(k.device)
@@ -93,12 +90,9 @@ class SinkMeter:
             kept += torch.exp(intra[:, at] - dense[:, at]).double().sum(1)
         return sums / len(found.rows), kept / len(found.rows)
 
-    def records(self) -> list[SinkMass | None]:
-        """One record per batch row, None for rows with fewer than two images."""
-        return [
-            None if found is None else SinkMass.of(layout, self._windows, told, kept)
-            for found, layout, told, kept in zip(self._found, self.layouts, self._told, self._kept, strict=True)
-        ]
+    def mass(self) -> SinkMass:
+        """What was measured, once all layers were added."""
+        return SinkMass.of(self._layout, self._windows, self._told, self._kept)
 
 
 class SinkMode:
@@ -110,9 +104,9 @@ class SinkMode:
 
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
         """Measures this prompt."""
-        if q_start:
-            raise Dense("only whole prompts are measured")
-        self.meter = SinkMeter(layouts, self.info, self.reach)
+        if q_start or len(layouts) != 1:
+            raise Dense("only one whole prompt is measured")
+        self.meter = SinkMeter(layouts[0], self.info, self.reach)
         return "measured", self.attend
 
     def after(self, prefill: Prefill, arguments: dict[str, Any]) -> Mode:
@@ -201,7 +195,7 @@ def measure_sinks(
 
     Raises:
         ValueError: a prompt is malformed, or the model is patched.
-        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model.
+        ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
     """
     context: AbstractContextManager[None] = nullcontext() if delimiters else WithoutDelimiters(model)
     readings: list[SinkReading] = []
@@ -214,8 +208,9 @@ def read_sinks(model: nn.Module, mode: SinkMode, prompt: Mapping[str, Any]) -> S
     """Where the image rows of one prompt look, `observing` with this mode; None if it has fewer than two images."""
     mode.meter = None
     (logits,) = next_token_logits(model, prompt)
-    mass = None if mode.meter is None else mode.meter.records()[0]
-    return None if mass is None else SinkReading(mass, logits.double().log_softmax(-1).cpu().numpy())
+    if mode.meter is None:
+        return None
+    return SinkReading(mode.meter.mass(), logits.double().log_softmax(-1).cpu().numpy())
 
 
 @contextmanager
@@ -232,14 +227,6 @@ def observing[M: Mode](
     info.require_all_heads("watching attention")
     chosen = implementation(impl, model, info)
     mode = make_mode(info, chosen.attend)
-    handle = Handle(model, info, mode, chosen)
-    handle.install()
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield mode
-    finally:
-        handle.unpatch()
-        for module in training:
-            module.training = True
+    with evaluating(model), torch.no_grad(), Handle(model, info, mode, chosen) as handle:
+        handle.install()
+        yield mode

@@ -124,7 +124,7 @@ def lower(head_dim: int, dtype: str, tiles: Configuration | None = None) -> str:
     return attend.trace(*abstract_inputs(head_dim, dtype, tiles)).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def compile_kernel(head_dim: int, dtype: str, tiles: Configuration | None = None) -> Compiled:
+def compile_kernel(head_dim: int, dtype: str) -> Compiled:
     """Compiles one configuration for an H200.
 
     Raises:
@@ -132,12 +132,12 @@ def compile_kernel(head_dim: int, dtype: str, tiles: Configuration | None = None
     """
     here = jax.sharding.NamedSharding(absent_gpus((1,), ("heads",)), jax.sharding.PartitionSpec())
     inputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_inputs(head_dim, dtype, tiles)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_inputs(head_dim, dtype)
     )
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MOSAIC_GPU_DUMP_TO"] = folder
         try:
-            jax.jit(partial(pallas_attention, scale=head_dim**-0.5, tiles=tiles)).lower(*inputs).compile()
+            jax.jit(partial(pallas_attention, scale=head_dim**-0.5)).lower(*inputs).compile()
         finally:
             del os.environ["MOSAIC_GPU_DUMP_TO"]
         return _read(Path(folder))

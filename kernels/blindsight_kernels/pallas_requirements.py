@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-MINIMUM_JAX = (0, 11, 2)
 _NEEDS = "the Pallas kernel needs jax 0.11.2 or later"
 _WITHOUT = "the portable and reference implementations need no Pallas"
 try:
@@ -15,7 +14,7 @@ except ImportError as error:
     raise ImportError(
         f"{_NEEDS}. It could not be imported: {error}. Install it (pip install 'jax[cuda13]>=0.11.2'), or: {_WITHOUT}."
     ) from error
-if jax.__version_info__ < MINIMUM_JAX:
+if jax.__version_info__ < (0, 11, 2):
     raise ImportError(f"{_NEEDS}. Got {jax.__version__}. Upgrade it, or do without: {_WITHOUT}.")
 
-__all__ = ["MINIMUM_JAX", "jax", "jnp", "lax", "pl", "plgpu"]
+__all__ = ["jax", "jnp", "lax", "pl", "plgpu"]

@@ -114,20 +114,20 @@ def build_pallas_work(
     dense = (False,) * len(plans) if dense is None else dense
     if len(dense) != len(plans):
         raise ValueError(f"dense must hold one bool per plan, {len(plans)}. Got {len(dense)}.")
-    shared = {(p.q_start, p.q_stop, p.window, p.layout.n_tokens) for p in plans}
+    shared = {(p.q_start, p.window, p.layout.n_tokens) for p in plans}
     if len(shared) != 1:
         raise ValueError(
-            "the plans of a batch must share q_start, q_stop, window and n_tokens. Got "
+            "the plans of a batch must share q_start, window and n_tokens. Got "
             f"{sorted(shared, key=str)}. Build them with the same arguments, one a batch row, padding included."
         )
-    ((q_start, q_stop, window, _),) = shared
-    n_queries = q_stop - q_start if n_queries is None else n_queries
-    n_keys = q_stop if n_keys is None else n_keys
+    ((q_start, window, n_tokens),) = shared
+    n_queries = n_tokens - q_start if n_queries is None else n_queries
+    n_keys = n_tokens if n_keys is None else n_keys
     rows = max(p.tile_rows for p in plans)
-    needed = max(q_stop - q_start, 1)
-    if n_queries < needed or n_keys < q_stop or rows > BLOCK_Q:
+    needed = max(n_tokens - q_start, 1)
+    if n_queries < needed or n_keys < n_tokens or rows > BLOCK_Q:
         raise ValueError(
-            f"the plans need n_queries >= {needed}, n_keys >= {q_stop} and tiles of at most {BLOCK_Q} "
+            f"the plans need n_queries >= {needed}, n_keys >= {n_tokens} and tiles of at most {BLOCK_Q} "
             f"rows. Got n_queries={n_queries}, n_keys={n_keys}, tile_rows={rows}. Give the lengths of q and k."
         )
     tables, q_tiles, merges, packed, costs = [], [], [], [], []
@@ -140,7 +140,7 @@ def build_pallas_work(
         q_tiles.append(q_tile)
         merges.append(merge)
         packed.append(rows_of)
-        costs.append((plan.hi - plan.lo + plan.packed_stop - plan.packed_start)[runs_as])  # [4, n_tiles]
+        costs.append(plan.n_keys[runs_as])  # [4, n_tiles]
         bases["q_tile"] += len(q_tile)
         bases["row"] += len(plan.gathered_rows)
         bases["packed"] += rows_of.shape[1]
@@ -177,7 +177,7 @@ def build_pallas_work(
         _padded(packed_keys[1], (n_packed,)),
         _padded(packed_keys[0], (n_packed,)),
         merge_table.astype(np.int32),
-        np.array([(p.layout.start, min(p.layout.stop, q_stop)) for p in plans], np.int32),
+        np.array([(p.layout.start, p.layout.stop) for p in plans], np.int32),
         np.array([q_start, NO_WINDOW if window is None else window], np.int32),
         block_k,
         len(plans),

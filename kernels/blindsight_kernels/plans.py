@@ -23,7 +23,6 @@ def build_plans(
     block_q: int = 128,
     window: int | None = None,
     q_start: int = 0,
-    q_stop: int | None = None,
     max_keys: int | Literal["balanced"] | None = "balanced",
 ) -> tuple[Plan, ...]:
     """One plan a batch row, its tiles and splits such as suit a kernel; other arguments as for `build_plan`.
@@ -33,7 +32,7 @@ def build_plans(
         template: sinks and local blocks.
         block_q: query rows of the kernel's tiles; those of the plan divide them and the local block.
         window: sliding window in tokens, None for none.
-        q_start, q_stop: the queries, default all.
+        q_start: position of the first query.
         max_keys: where text ranges are split: longer ones than this; None never. "balanced": where they are longer than
             16K keys, or, where there is much text and so no lack of work for every processor, than 1/128 of all of them
             together: the parts of a head are kept in memory until they are merged.
@@ -45,16 +44,15 @@ def build_plans(
             tile_rows=math.gcd(block_q, template.local_block),
             window=window,
             q_start=q_start,
-            q_stop=q_stop,
-            max_keys=_balanced(layout, block_q, window, q_start, q_stop) if max_keys == "balanced" else max_keys,
+            max_keys=_balanced(layout, block_q, window, q_start) if max_keys == "balanced" else max_keys,
         )
         for layout in layouts
     )
 
 
-def _balanced(layout: Layout, block_q: int, window: int | None, q_start: int, q_stop: int | None) -> int:
+def _balanced(layout: Layout, block_q: int, window: int | None, q_start: int) -> int:
     """The longest range of a tile of text rows that is not split."""
     rows = layout.textual_rows
-    rows = rows[np.searchsorted(rows, q_start) : np.searchsorted(rows, layout.n_tokens if q_stop is None else q_stop)]
+    rows = rows[np.searchsorted(rows, q_start) :]
     keys = np.minimum(rows[::block_q], layout.n_tokens if window is None else window).sum()  # of all tiles, about
     return max(_MAX_KEYS, int(keys) // _MOST_PARTS)

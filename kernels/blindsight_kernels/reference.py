@@ -63,13 +63,12 @@ def reference_attention(
     Returns:
         `[B, H, T, D]` outputs and `[B, H, T]` log-sum-exps, float64. Rows of padding are zero and `-inf`.
     """
-    n_heads, n_queries = q.shape[1], q.shape[2]
-    group = n_heads // k.shape[1]
+    group = q.shape[1] // k.shape[1]
     out = np.zeros(q.shape)
     lse = np.full(q.shape[:3], -np.inf)
     for b, layout in enumerate(layouts):
         masks = {
-            c: category_mask(layout, Category(c), template, window=window, q_start=q_start, q_stop=q_start + n_queries)
+            c: category_mask(layout, Category(c), template, window=window, q_start=q_start)
             for c in set(map(int, categories))
         }
         for h, category in enumerate(map(int, categories)):

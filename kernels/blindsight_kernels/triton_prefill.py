@@ -1,17 +1,16 @@
 """Prefill attention by the Triton kernel: checks what it is given, builds the work list, launches.
 
-    plans   = tuple(build_plan(layout, template, ...) for each batch row)     once a prompt
-    work    = build_work(plans, ...)                                          once a prompt, on the device
-    out, lse = triton_prefill(q, k, v, work, categories, scale=...)           every layer
+    plans = build_plans(layouts, template, ...)    once a prompt
+    work  = build_work(plans, ...)                 once a prompt, on the device
+    heads = order_heads(categories, ...)           once for each choice of categories
 
-`triton_attention` does all three with caches, and is called like every other implementation.
+All three are cached, so a layer costs its launch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +21,7 @@ from blindsight_kernels.checks import check_arrays, check_categories, check_keys
 from blindsight_kernels.plans import build_plans
 from blindsight_kernels.triton_configurations import GENERATIONS, Configuration, configuration, generation
 from blindsight_kernels.triton_kernels import FP_FUSION, merge_kernel, prefill_kernel, triton
-from blindsight_kernels.triton_work import N_FIELDS, NO_WINDOW, Work, build_work, order_heads, pack
+from blindsight_kernels.triton_work import N_FIELDS, NO_WINDOW, build_work, order_heads, pack
 from shared_profiles.layout import Layout
 from shared_profiles.template import SinkTemplate
 
@@ -72,40 +71,19 @@ def triton_attention(
     """
     check_inputs(q, k, v, scale)
     chosen = choose(q) if tiles is None else tiles
-    check_layouts(layouts, q.shape[0], q_start, q.shape[2])
-    where: dict[str, Any] = dict(window=window, q_start=q_start, q_stop=q_start + q.shape[2], max_keys=max_keys)
-    plans = build_plans(layouts, template, block_q=chosen.block_q, **where)
-    work = build_work(plans, chosen.block_k, q.device)
-    return triton_prefill(q, k, v, work, categories, scale=scale, tiles=chosen, skip_dense=skip_dense)
-
-
-def triton_prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    work: Work,
-    categories: Sequence[int] | np.ndarray,
-    *,
-    scale: float,
-    tiles: Configuration | None = None,
-    skip_dense: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`triton_attention` for a work list built before: `build_work(plans, choose(q).block_k, q.device)`.
-
-    Raises:
-        ValueError: as `triton_attention`, or a work list built for other queries, tiles or another device.
-    """
-    check_inputs(q, k, v, scale)
-    chosen = choose(q) if tiles is None else tiles
-    _check_work(q, k, work, categories, chosen)
     n_batch, n_heads, n_queries, dim = q.shape
-    plan = work.plans[0]
+    stop = q_start + n_queries
+    check_layouts(layouts, n_batch, q_start, n_queries)
+    check_keys(k.shape[2], stop)
+    check_categories(categories, n_heads)
+    plans = build_plans(layouts, template, block_q=chosen.block_q, window=window, q_start=q_start, max_keys=max_keys)
+    work = build_work(plans, chosen.block_k, q.device)
     out = q.new_empty(n_batch, n_queries, n_heads, dim)
     lse = q.new_empty(n_batch, n_heads, n_queries, dtype=torch.float32)
-    for b, one in enumerate(work.plans):
+    for b, layout in enumerate(layouts):
         for padding in (
-            slice(0, max(one.layout.start - plan.q_start, 0)),
-            slice(max(one.layout.stop - plan.q_start, 0), None),
+            slice(0, max(layout.start - q_start, 0)),
+            slice(max(layout.stop - q_start, 0), None),
         ):
             if padding.start < (n_queries if padding.stop is None else padding.stop):
                 out[b, padding] = 0
@@ -116,10 +94,10 @@ def triton_prefill(
     part_out = q.new_empty(n_heads, work.n_slots, chosen.block_q, dim, dtype=torch.float32)
     part_lse = q.new_empty(n_heads, work.n_slots, chosen.block_q, dtype=torch.float32)
     sizes = dict(D=dim, BLOCK_Q=chosen.block_q)
-    with _on(q.device):
+    with torch.cuda.device_of(q):
         prefill_kernel[(len(heads) * work.n_tiles,)](
             q,
-            *(_source(x, plan.q_stop, chosen) for x in (k, v)),
+            *(_source(x, stop, chosen) for x in (k, v)),
             *(_source(pack(x, work), len(work.packed_index), chosen) for x in (k, v)),
             out,
             lse,
@@ -133,8 +111,8 @@ def triton_prefill(
             work.n_slots,
             n_queries,
             n_heads,
-            plan.q_start,
-            NO_WINDOW if plan.window is None else plan.window,
+            q_start,
+            NO_WINDOW if window is None else window,
             scale * math.log2(math.e),
             *q.stride()[:3],
             BLOCK_K=chosen.block_k,
@@ -159,7 +137,7 @@ def triton_prefill(
                 work.n_slots,
                 n_queries,
                 n_heads,
-                plan.q_start,
+                q_start,
                 num_warps=chosen.num_warps,
                 enable_fp_fusion=FP_FUSION,
                 **sizes,
@@ -168,7 +146,11 @@ def triton_prefill(
 
 
 def choose(q: Tensor) -> Configuration:
-    """The tiles that the kernel runs with for queries like these, on their device."""
+    """The tiles that the kernel runs with for queries like these, on their device.
+
+    Raises:
+        NotImplementedError: the kernel has no tiles for their head dimension.
+    """
     major = 9 if INTERPRETED else torch.cuda.get_device_capability(q.device)[0]
     return configuration(generation(major), q.shape[-1], q.dtype.itemsize)
 
@@ -232,26 +214,6 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
             )
 
 
-def _check_work(
-    q: Tensor, k: Tensor, work: Work, categories: Sequence[int] | np.ndarray, chosen: Configuration
-) -> None:
-    """Refuses a work list that is not for these queries."""
-    plan = work.plans[0]
-    if len(work.plans) != q.shape[0] or plan.q_stop - plan.q_start != q.shape[2]:
-        raise ValueError(
-            f"the plans must be for B={q.shape[0]} rows of T={q.shape[2]} queries. Got {len(work.plans)} plans of "
-            f"queries [{plan.q_start}, {plan.q_stop}). Build them from the layouts of this very prompt or chunk."
-        )
-    check_keys(k.shape[2], plan.q_stop)
-    rows = max(p.tile_rows for p in work.plans)
-    if rows > chosen.block_q or work.block_k != chosen.block_k or work.tiles.device != q.device:
-        raise ValueError(
-            f"the work list must be built with tile_rows up to {chosen.block_q}, block_k={chosen.block_k}, on "
-            f"{q.device}. Got tile_rows={rows}, block_k={work.block_k}, on {work.tiles.device}. Ask choose(q)."
-        )
-    check_categories(categories, q.shape[1])
-
-
 def _source(x: Tensor, n_keys: int, tiles: Configuration) -> Any:
     """The first `n_keys` keys of `[B, K, S, D]` for the kernel: a tensor descriptor, or pointer and strides."""
     strides = _strides(x)
@@ -265,8 +227,3 @@ def _source(x: Tensor, n_keys: int, tiles: Configuration) -> Any:
 def _strides(x: Tensor) -> list[int]:
     """Strides, with that of a dimension of one element, which may be anything, replaced by a harmless one."""
     return [stride if size > 1 else x.shape[3] for stride, size in zip(x.stride(), x.shape, strict=True)]
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a CUDA device the current one for a launch."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -39,8 +39,6 @@ class Work:
     """What the kernel is told about a batch, for every category. Tensors are int32 on the device unless said.
 
     Attributes:
-        plans: what it was built from, one a batch row.
-        block_k: keys of a tile.
         tiles: `[4, n_tiles, 13]`, its columns are named above `N_FIELDS`.
         cost: `[4]` keys visited under each category, on the host.
         gathered_rows: `[n]` positions of the text and delimiter rows, batch rows one after another.
@@ -50,8 +48,6 @@ class Work:
         n_slots: parts a head.
     """
 
-    plans: tuple[Plan, ...]
-    block_k: int
     tiles: Tensor
     cost: np.ndarray
     gathered_rows: Tensor
@@ -84,10 +80,10 @@ def build_work(plans: tuple[Plan, ...], block_k: int, device: torch.device) -> W
     Raises:
         ValueError: no plans, or plans that differ in what must be the same for a launch.
     """
-    if not plans or len({(p.q_start, p.q_stop, p.window, p.layout.n_tokens) for p in plans}) != 1:
-        given = [(p.q_start, p.q_stop, p.window, p.layout.n_tokens) for p in plans]
+    if len({(p.q_start, p.window, p.layout.n_tokens) for p in plans}) != 1:
+        given = [(p.q_start, p.window, p.layout.n_tokens) for p in plans]
         raise ValueError(
-            f"the plans of a batch must share q_start, q_stop, window and n_tokens. Got {given}. Build them with the "
+            f"the plans of a batch must share q_start, window and n_tokens. Got {given}. Build them with the "
             "same arguments, one a batch row, padding included in each layout."
         )
     tables, merges, costs = [], [], []
@@ -96,7 +92,7 @@ def build_work(plans: tuple[Plan, ...], block_k: int, device: torch.device) -> W
         table, merge = _tiles_of(plan, b, block_k, row_base, packed_base, n_slots)
         tables.append(table)
         merges.append(merge)
-        costs.append(plan.hi - plan.lo + plan.packed_stop - plan.packed_start)  # [4, n_tiles]
+        costs.append(plan.n_keys)
         row_base += len(plan.gathered_rows)
         packed_base += len(plan.packed_text) + len(plan.packed_sinks)
         n_slots += int(merge[:, 4].sum())
@@ -113,8 +109,6 @@ def build_work(plans: tuple[Plan, ...], block_k: int, device: torch.device) -> W
         return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype)).to(device)
 
     return Work(
-        plans,
-        block_k,
         put(tiles),
         cost.sum(axis=1),
         put(np.concatenate([p.gathered_rows for p in plans])),
