@@ -76,7 +76,7 @@ def test_what_a_mask_hides_is_computed_all_the_same(case):
     profile, n = profile_of([[0, 2]]), layout.n_tokens
     info = info_of(profile, windows=(window,))
     plan = build_plan(layout, profile.template, window=window, q_start=q_start)
-    kept = int((plan.hi - plan.lo + plan.packed_stop - plan.packed_start)[Category.INTRA_IMAGE] @ plan.n_rows)
+    kept = int(plan.n_keys[Category.INTRA_IMAGE] @ plan.n_rows)
     saved = ((n - q_start) * n - kept) * 64
     assert gains(Costs(saved - 1, 0, 1.0), profile, info, [layout], q_start)
     assert not gains(Costs(saved + 1, 0, 1.0), profile, info, [layout], q_start)
