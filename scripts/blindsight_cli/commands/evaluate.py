@@ -28,7 +28,7 @@ from blindsight_cli.timing import describe_cpu
 from shared_profiles._atomic import write_atomically
 from shared_profiles.lookup import find_profile
 from shared_profiles.profile import Profile
-from shared_profiles.provenance import installed
+from shared_profiles.provenance import DISTRIBUTION, installed
 
 
 def run_eval(
@@ -154,7 +154,7 @@ def _identity(
         "dtype": dtype,
         "device": model.device,
         **asdict(asking),
-        "versions": {name: installed(name) for name in ("blindsight", backend, "transformers", "numpy")},
+        "versions": {name: installed(name) for name in (DISTRIBUTION, backend, "transformers", "numpy")},
     }
 
 
