@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -25,7 +24,7 @@ from blindsight_cli.output import results
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import Puzzle
 from blindsight_cli.timing import describe_cpu, median_pair
-from shared_profiles import Category, Layout, category_mask, count_model_pairs
+from shared_profiles import Category, Layout, category_mask
 from shared_profiles.budget import Budget
 from shared_profiles.profile import Profile
 
@@ -195,11 +194,7 @@ def _layout(vlm: Backend, processor: Any, n_images: int) -> Layout:
 
 def _flops(vlm: Backend, processor: Any, profile: Profile, n_images: int) -> reporting.FlopsPoint:
     layout = _layout(vlm, processor, n_images)
-    everything = np.full_like(profile.categories, Category.DENSE)
-    dense, kept = (
-        count_model_pairs(layout, categories, profile.template, windows=vlm.facts.windows)
-        for categories in (everything, profile.categories)
-    )
+    dense, kept = (vlm.facts.pairs(layout, way) for way in (None, profile))
     return reporting.FlopsPoint(
         n_images,
         layout.n_tokens,

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +15,7 @@ from blindsight_cli.loading import ask, check_family, load_image, load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.report import figures
 from blindsight_cli.timing import median_pair
-from shared_profiles import Category, Layout, SinkTemplate, count_model_pairs
+from shared_profiles import Layout
 from shared_profiles.collection import of_prompt
 from shared_profiles.lookup import find_profile
 from shared_profiles.measured import divergence_of_one
@@ -149,14 +148,9 @@ class _Session:
     def _run(self, mode: str, answer: Answer, seconds: float, profile: Profile | None) -> Run:
         """With its FLOPs: four per query-key pair and element of a head."""
         text = self.processor.batch_decode([answer.ids], skip_special_tokens=True)[0].strip()
-        shape, windows = self.model.facts.fingerprint, self.model.facts.windows
-        everything = np.full((shape.n_layers, shape.n_heads), Category.DENSE)
-        template = SinkTemplate() if profile is None else profile.template
-        dense = count_model_pairs(self.layout, everything, template, windows=windows).total
-        kept = dense
-        if profile is not None and answer.ran == "sparse":
-            kept = count_model_pairs(self.layout, profile.categories, template, windows=windows).total
-        return Run(mode, answer.ran, text, seconds, 4 * shape.head_dim * kept, kept / dense)
+        facts, ran = self.model.facts, profile if answer.ran == "sparse" else None
+        dense, kept = (facts.pairs(self.layout, way).total for way in (None, ran))
+        return Run(mode, answer.ran, text, seconds, 4 * facts.fingerprint.head_dim * kept, kept / dense)
 
 
 def _tell(
