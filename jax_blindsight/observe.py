@@ -73,7 +73,7 @@ class Observer:
         self._counted[self.rows] = 1
         self._found: dict[int, list[dict[str, Array]]] = {}  # by layer, then of each sparse category [H] each
 
-    def run(self, attend: Attend, read: Callable[[int, Array], None] | None = None) -> Array:
+    def run(self, attend: Attend, read: Callable[[Array], None] | None = None) -> Array:
         """Runs the prompt through all layers; arguments and result as `run_layers`."""
         embeddings = embed_prompt(self.params, self._prompt, self.bucket)
         return run_layers(self.params, embeddings, self.positions, attend, read)
@@ -160,7 +160,7 @@ def observe(observer: Observer) -> None:
         observer.measure(layer, q, k, v, dense, inputs.pop())
         return dense[0]
 
-    observer.run(attend_layer, lambda _, read: inputs.append(read))
+    observer.run(attend_layer, inputs.append)
 
 
 @jax.jit
