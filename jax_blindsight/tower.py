@@ -34,8 +34,7 @@ def encode_images(weights: Weights, config: ModelConfig, vision: VisionInputs) -
         return _siglip(weights, vision, config=config)
     x, by = _begin(weights, vision.pixels, vision.coordinates, config=config)
     for i in range(config.vision.depth):
-        windows = None if i in config.vision.full_blocks else vision.windows
-        segments = vision.frames if windows is None else windows
+        segments = vision.frames if i in config.vision.full_blocks else vision.windows
         x = _block(weights["vision"]["blocks"][i], x, segments, by, config=config)
     return _end(weights, x, vision.order, config=config)
 

@@ -254,7 +254,7 @@ def _placeholder_order(config: ModelConfig, ids: Any, n_images: int, n_videos: i
     """For each placeholder of the prompt its row among image tokens followed by video tokens: `[n]` int32."""
     ids, special = np.asarray(ids).reshape(-1), config.special
     is_image = ids == special.image
-    is_video = np.zeros_like(is_image) if special.video is None else ids == special.video
+    is_video = ids == special.video
     if (is_image.sum(), is_video.sum()) != (n_images, n_videos):
         raise ValueError(
             f"input_ids must hold one placeholder per image token ({n_images}) and per video token ({n_videos}). Got "
