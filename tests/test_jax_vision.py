@@ -260,10 +260,7 @@ def test_programs_are_bounded_by_the_buckets(family, monkeypatch):
 
 
 BAD = {
-    "no-ids": ("qwen2_vl", dict(input_ids=None), "inputs must hold input_ids"),
-    "no-pictures": ("qwen2_vl", dict(pixel_values=None, image_grid_thw=None), "must hold pixel_values or"),
-    "no-grid": ("qwen2_vl", dict(image_grid_thw=None), "pixel_values and image_grid_thw go together"),
-    "odd-grid": ("qwen2_vl", dict(image_grid_thw=np.array([[1, 4, 5]])), "rows and columns multiples of 2"),
+    "no-pictures": ("qwen2_vl", dict(pixel_values=None, image_grid_thw=None), r"per image token \(0\) .* Got 6 and 0"),
     "other-patches": ("qwen2_vl", dict(pixel_values=np.zeros((20, 96))), r"must have shape \(24, 96\) .* \(20, 96\)"),
     "other-ids": ("qwen2_5_vl", dict(input_ids=np.full((1, 5), IMAGE)), r"per image token \(6\) .* Got 5 and 0"),
     "other-size": ("gemma3", dict(pixel_values=np.zeros((1, 3, 16, 16))), r"\(n, 3, 32, 32\), n > 0. Got \(1, 3, 16"),
