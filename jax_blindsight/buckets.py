@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 
+import numpy as np
+
 _LEAST = 128
 
 
@@ -31,3 +33,15 @@ def bucket(n: int) -> int:
 def power_of_two(n: int, minimum: int = 1) -> int:
     """The smallest power of two that is at least n and `minimum`."""
     return 1 << (max(n, minimum) - 1).bit_length()
+
+
+def pad_first(array: np.ndarray, n: int) -> np.ndarray:
+    """Zeros after the first axis, up to length n."""
+    padded = np.zeros((n, *array.shape[1:]), array.dtype)  # np.pad takes several times as long
+    padded[: len(array)] = array
+    return padded
+
+
+def pad_last(array: np.ndarray, n: int) -> np.ndarray:
+    """Zeros after the last axis, up to length n."""
+    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, n - array.shape[-1])])

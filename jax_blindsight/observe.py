@@ -21,11 +21,11 @@ import numpy as np
 from jax import Array
 
 from jax_blindsight.attention import attend
-from jax_blindsight.buckets import bucket
+from jax_blindsight.buckets import bucket, pad_last
 from jax_blindsight.decoder import Attend
 from jax_blindsight.inputs import Prompt, read_inputs
 from jax_blindsight.params import Params
-from jax_blindsight.prefill import embed_prompt, implementation_for, layer_work, pad_last, place_rows
+from jax_blindsight.prefill import embed_prompt, implementation_for, layer_work, place_rows
 from jax_blindsight.residual import Stream, moved, stream_of
 from jax_blindsight.stack import run_layers
 from shared_profiles import SPARSE, Category, Layout, SinkTemplate

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_blindsight.buckets import bucket, power_of_two
+from jax_blindsight.buckets import bucket, pad_first, power_of_two
 from jax_blindsight.config import ModelConfig, QwenVisionConfig, SiglipVisionConfig
 
 ROWS, TILE = 128, 256  # queries of a block and keys of a tile, of segments that have no smaller bound
@@ -106,7 +106,7 @@ def _prepare_siglip(config: ModelConfig, vision: SiglipVisionConfig, inputs: Map
     order = _placeholder_order(config, inputs["input_ids"], len(pixels) * tokens, 0)
     n_padded = power_of_two(max(len(pixels), MIN_IMAGES))  # only the real ones are computed
     n_images = np.array(len(pixels), dtype=np.int32)
-    return VisionInputs(_pad(pixels, n_padded), None, None, None, n_images, _pad(order, n_padded * tokens))
+    return VisionInputs(pad_first(pixels, n_padded), None, None, None, n_images, pad_first(order, n_padded * tokens))
 
 
 def _prepare_qwen(config: ModelConfig, vision: QwenVisionConfig, inputs: Mapping[str, Any]) -> VisionInputs:
@@ -133,8 +133,8 @@ def _prepare_qwen(config: ModelConfig, vision: QwenVisionConfig, inputs: Mapping
     np.take(images, rows[:cut], axis=0, out=pixels[:cut], mode="clip")
     np.take(videos, rows[cut:] - cut, axis=0, out=pixels[cut:n], mode="clip")
     coordinates = patch_coordinates(grids, vision.merge)[rows]
-    order = _pad(order, n_padded // vision.merge_unit)
-    return VisionInputs(pixels, _pad(coordinates, n_padded), frames, windows, None, order)
+    order = pad_first(order, n_padded // vision.merge_unit)
+    return VisionInputs(pixels, pad_first(coordinates, n_padded), frames, windows, None, order)
 
 
 def patch_coordinates(grids: np.ndarray, merge: int) -> np.ndarray:
@@ -201,9 +201,10 @@ def segments(lengths: np.ndarray, n_padded: int, rows: int = ROWS, tile: int = T
     query_start = np.minimum(begin, n_padded - rows)  # a slice may not reach beyond the array
     rank = np.argsort(order)
     slot = np.arange(stop[-1]) + np.repeat(rank * rows - query_start, end - begin)
-    query_start, key_start, n_tiles = (_pad(x[order].astype(np.int32), n) for x in (query_start, key_start, n_tiles))
+    blocks = query_start, key_start, n_tiles
+    query_start, key_start, n_tiles = (pad_first(x[order].astype(np.int32), n) for x in blocks)
     bounds = np.repeat([starts, stop], lengths, axis=1)
-    first, last, slot = (_pad(x.astype(np.int32), n_padded) for x in (*bounds, slot))
+    first, last, slot = (pad_first(x.astype(np.int32), n_padded) for x in (*bounds, slot))
     n_steps = np.array(-(-len(order) // step), dtype=np.int32)
     return Segments(n_steps, query_start, key_start, n_tiles, first, last, slot, rows, tile, step)
 
@@ -252,8 +253,3 @@ def _placeholder_order(config: ModelConfig, ids: Any, n_images: int, n_videos: i
         )
     order = np.where(is_image, np.cumsum(is_image) - 1, n_images + np.cumsum(is_video) - 1)[is_image | is_video]
     return order.astype(np.int32)
-
-
-def _pad(array: np.ndarray, n: int) -> np.ndarray:
-    """Zeros after the first axis, up to length n."""
-    return np.pad(array, [(0, n - len(array))] + [(0, 0)] * (array.ndim - 1))
