@@ -16,7 +16,8 @@ from jax import Array
 from jax_blindsight.config import ModelConfig, QwenVisionConfig
 from jax_blindsight.layers import Rotation
 from jax_blindsight.model import Weights, begin_vision, encode_siglip, end_vision, vision_block
-from jax_blindsight.vision_inputs import Segments, VisionInputs
+from jax_blindsight.vision_inputs import VisionInputs
+from jax_blindsight.vision_segments import Segments
 
 
 def encode_images(weights: Weights, config: ModelConfig, vision: VisionInputs) -> Array:
