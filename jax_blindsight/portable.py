@@ -67,6 +67,17 @@ def attend_sequence(
         """Adds the rows of `tiles` `[4, n, 7]`, of which `n_real` `[4]` are real.
 
         `rows_of` takes the tiles of a team, `[A, 7]`, to positions `[A, R]`; `q_start + T` is no row.
+
+        Two heads, 0 and 1, are DENSE, which has three tiles, and head 2 is INTRA_IMAGE, which has two:
+
+            count   2  0  1  0            heads of each category
+            n_real  3  .  2  .            tiles of each category
+            pairs   6  0  2  0
+            end     6  6  8  8            as many pairs are of this category or of one before it
+
+            pair    0  1  2  3  4  5 | 6  7
+            head    0  1  0  1  0  1 | 2  2
+            tile    0  0  1  1  2  2 | 0  1      of the head's category
         """
         pairs = count * n_real  # tile by tile, and each by all heads of the category
         end = jnp.cumsum(pairs, dtype=jnp.int32)
