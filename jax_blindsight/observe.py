@@ -1,7 +1,7 @@
 """Measuring a prefill: what each category would keep and change, from the attention's own outputs and log-sum-exps.
 
 The observed forward runs dense. For every layer the three sparse categories are computed beside it, and per head two
-means over the image rows that have an earlier image are kept (DESIGN.md, section 4, stage 1):
+means over the image rows that have an earlier image are kept:
 
 * retained mass `exp(lse_category - lse_dense)`, the share of softmax weight that the category keeps;
 * relative output error `||o_category - o_dense|| / ||o_dense||`;
