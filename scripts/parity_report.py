@@ -26,11 +26,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants m
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0 where everything measured is equal."""
+    from blindsight_gpu.parts import some_of
     from parity_document import PARTS, count
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of parity.json and parity.html")
-    parser.add_argument("--part", type=_parts(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--part", type=some_of(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument(
         "--write-golden", action="store_true", help="write the files of tests/golden anew, nothing else"
     )
@@ -58,18 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
     _write(document, asked.out)
     print(f"{n_equal} of {n} comparisons are within what is allowed, {document['seconds']} s: {asked.out}/parity.html")
     return 0 if n == n_equal else 1
-
-
-def _parts(known: Any) -> Any:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := set(names) - set(known):
-            raise argparse.ArgumentTypeError(
-                f"parts must be among {', '.join(known)}. Got {', '.join(sorted(unknown))}."
-            )
-        return names
-
-    return parse
 
 
 def _device() -> str:
