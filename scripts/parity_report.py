@@ -10,7 +10,6 @@ source tree. Exits with 1 where something differs by more than is allowed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -85,11 +84,12 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 def _write(document: dict[str, Any], folder: Path) -> None:
+    from blindsight_cli.folders import write_json
     from blindsight_cli.report.parity import render_parity
     from shared_profiles._atomic import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "parity.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_json(folder / "parity.json", document)
     write_atomically(folder / "parity.html", render_parity(document).encode())
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from blindsight_cli.errors import IncompatibleError
 from shared_profiles import family_of
+from shared_profiles._atomic import write_atomically
 
 Kind = Literal["profile", "page", "benchmark"]
 _KINDS: dict[Kind, str] = {"profile": "a profile", "page": "an HTML page", "benchmark": "a result of blindsight bench"}
@@ -51,6 +52,16 @@ def read_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError(str(error)) from error
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes a result file, whole or not at all.
+
+    Raises:
+        ValueError: the document holds NaN or an infinity, which JSON has not.
+        OSError: the file cannot be written.
+    """
+    write_atomically(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
 
 
 def is_for_jax(folder: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from blindsight_cli import report as reporting
 from blindsight_cli.backends import Backend, BackendName, Prompt, load_backend
 from blindsight_cli.folders import require_writable
 from blindsight_cli.loading import load_processor
-from blindsight_cli.output import results
+from blindsight_cli.output import print_json, results
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import Puzzle
 from blindsight_cli.timing import describe_cpu, median_pair
@@ -89,7 +88,7 @@ def run_demo(
     timings = _timings(vlm, processor, profile, console)
     data = _assemble(folder, vlm, processor, profile, rows, timings, examples)
     if as_json:
-        print(json.dumps(data.to_json()), flush=True)
+        print_json(data.to_json())
     else:
         _print_tables(console, data)
     reporting.write_report(data, out)  # last: its disk may be full

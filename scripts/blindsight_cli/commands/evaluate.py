@@ -21,11 +21,10 @@ from blindsight_cli.evaluation.overlap import check_overlap
 from blindsight_cli.evaluation.result import FORMAT, VERSION, check_unused, print_summary, summarize
 from blindsight_cli.evaluation.runner import Asking, evaluate
 from blindsight_cli.evaluation.samples import SampleFile
-from blindsight_cli.folders import require_writable
+from blindsight_cli.folders import require_writable, write_json
 from blindsight_cli.loading import check_family, load_processor
 from blindsight_cli.output import note, print_json
 from blindsight_cli.timing import describe_cpu
-from shared_profiles._atomic import write_atomically
 from shared_profiles.lookup import find_profile
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import DISTRIBUTION, installed
@@ -96,7 +95,7 @@ def run_eval(
         "provenance": _provenance(model, checkpoint, data, judged, path),
         "samples": file.path.name,
     }
-    write_atomically(out, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_json(out, document)
     if as_json:
         print_json(document)
     else:
