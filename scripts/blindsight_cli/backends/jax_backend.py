@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from blindsight_cli.backends import NO_PROFILE, Answer, Facts, Prompt
-from blindsight_cli.loading import check_family
+from blindsight_cli.folders import check_family
 from blindsight_cli.timing import describe_cpu
 from jax_blindsight import Params, Prefilled, calibrate, load, sparse_prefill, write
 from jax_blindsight.attention import attend

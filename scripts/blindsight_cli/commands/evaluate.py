@@ -21,11 +21,10 @@ from blindsight_cli.evaluation.overlap import check_overlap
 from blindsight_cli.evaluation.result import FORMAT, VERSION, check_unused, print_summary, summarize
 from blindsight_cli.evaluation.runner import Asking, evaluate
 from blindsight_cli.evaluation.samples import SampleFile
-from blindsight_cli.folders import require_writable, write_json
-from blindsight_cli.loading import check_family, load_processor
+from blindsight_cli.folders import check_family, named_or_found, require_writable, write_json
+from blindsight_cli.loading import load_processor
 from blindsight_cli.output import note, print_json
 from blindsight_cli.timing import describe_cpu
-from shared_profiles.lookup import find_profile
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import DISTRIBUTION, installed
 
@@ -110,16 +109,13 @@ def run_eval(
 
 def _profile(model: Backend, checkpoint: Path, given: Profile | None, path: Path | None) -> tuple[Profile, Path | None]:
     """The profile to judge, and its file."""
-    if given is not None:
-        given.require(model.facts.fingerprint)
-        return given, path
-    found = find_profile(model.facts.fingerprint, str(checkpoint))
-    if found is None:
+    judged, file = named_or_found(given, path, model.facts.fingerprint, checkpoint)
+    if judged is None:
         raise ValueError(
             f"eval needs a profile of this model. Found none. Run `blindsight calibrate {checkpoint} DATA`, or name "
             "one with --profile."
         )
-    return found
+    return judged, file
 
 
 def _identity(

@@ -11,13 +11,13 @@ from rich.text import Text
 
 from blindsight_cli.backends import NO_PROFILE, Answer, Backend, BackendName, Prompt, load_backend
 from blindsight_cli.errors import ExitCode
-from blindsight_cli.loading import ask, check_family, load_image, load_processor
+from blindsight_cli.folders import check_family, named_or_found
+from blindsight_cli.loading import ask, load_image, load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.report import figures
 from blindsight_cli.timing import median_pair
 from shared_profiles import Layout
 from shared_profiles.collection import of_prompt
-from shared_profiles.lookup import find_profile
 from shared_profiles.measured import divergence_of_one
 from shared_profiles.profile import Profile
 
@@ -88,11 +88,9 @@ def run_question(
     with of_prompt("--question and --image"):
         inputs = ask(processor, pictures, question, model.device)
     session = _Session(model, processor, inputs, max_new_tokens)
-    path = profile
-    if found is not None:
-        found.require(model.facts.fingerprint)
-    elif not dense:
-        found, path = find_profile(model.facts.fingerprint, str(checkpoint)) or (None, None)
+    path = None
+    if not dense:
+        found, path = named_or_found(found, profile, model.facts.fingerprint, checkpoint)
     if compare and found is None:
         raise ValueError(
             f"--compare needs a profile of this model. Found none. Run `blindsight calibrate {checkpoint} DATA`, "
