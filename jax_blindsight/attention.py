@@ -1,7 +1,7 @@
 """The attention of the JAX backend: one entry point, every head by its category.
 
-    impl="portable"                ──►  loops over the work list in XLA (portable.py), on every platform
-    impl="pallas"                  ──►  the Pallas kernel (blindsight_kernels), on a Hopper GPU
+    work for "portable"            ──►  loops over the work list in XLA (portable.py), on every platform
+    work for "pallas"              ──►  the Pallas kernel (blindsight_kernels), on a Hopper GPU
     dense heads, plain, CUDA       ──►  cuDNN, through `jax.nn.dot_product_attention`, with either
 
 The categories are data: layers that differ in nothing else run the same programs. There are two of them where `attend`
@@ -47,7 +47,6 @@ def attend(
     window: int | None,
     scale: float,
     bidirectional: bool,
-    impl: str | None = None,
     lse: bool = True,
     mesh: Mesh | None = None,
     interpret: Any = None,
@@ -64,7 +63,6 @@ def attend(
         window: sliding window in tokens, None for none.
         scale: factor on the scores, usually `D ** -0.5`.
         bidirectional: whether an image's tokens look at later ones of the same image.
-        impl: "pallas" or "portable". Default: the one that the work was built for.
         lse: whether the log-sum-exps are wanted. Without them, and with categories that are not traced, dense heads of
             a causal layer without a window go to cuDNN on CUDA, in bfloat16 and float16 with D at most 128 and a
             multiple of 8 and T a multiple of 128, in prompts that start at position 0 with no padding on their left.
@@ -77,11 +75,11 @@ def attend(
         (float64 for float64), else None. Rows of padding and rows beyond the real ones are zero and `-inf`.
 
     Raises:
-        ValueError: shapes, dtypes, categories or the work do not fit together, or an unknown `impl`.
+        ValueError: shapes, dtypes, categories or the work do not fit together.
         NotImplementedError: a head dimension, dtype or device that the Pallas kernel does not serve. Traced arrays do
             not tell their device: ask `implementations.implementation` before `jit`.
     """
-    _check(q, k, v, work, categories, impl, mesh)
+    _check(q, k, v, work, categories, mesh)
     portable = isinstance(work, AttentionWork)
     if not portable and interpret is None and not isinstance(q, jax.core.Tracer):
         from blindsight_kernels.pallas_prefill import check_devices
@@ -222,18 +220,9 @@ def _check(
     v: Array,
     work: AttentionWork | PallasWork,
     categories: Any,
-    impl: str | None,
     mesh: Mesh | None,
 ) -> None:
     """Refuses what does not fit together."""
-    if impl not in (None, "pallas", "portable"):
-        raise ValueError(f'impl must be "pallas" or "portable", or None. Got {impl!r}.')
-    built_for = "portable" if isinstance(work, AttentionWork) else "pallas"
-    if impl not in (None, built_for):
-        raise ValueError(
-            f"the work must be built for impl={impl!r}. Got a {type(work).__name__}, which is that of {built_for!r}. "
-            "Build it with jax_blindsight.implementations.build_work."
-        )
     if not shapes_fit(q, k, v) or q.shape[1] % k.shape[1] or not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             "q, k and v must be [B, H, T, D], [B, K, S, D], [B, K, S, D] of one dtype with H a multiple of K. Got "

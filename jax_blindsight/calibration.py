@@ -168,6 +168,7 @@ def measure(
 
     Raises:
         ValueError: the prompt is malformed.
+        NotImplementedError, ImportError: see `sparse_prefill`.
     """
     observer = observer_of(params, inputs, template, impl, rankings)
     if observer is None:

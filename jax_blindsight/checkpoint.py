@@ -1,7 +1,8 @@
 """Saved models: a folder with the weights as orbax keeps them, and what else it takes to load them again.
 
-    blindsight_jax.json       schema, dtype of the weights, fingerprint of the model, sizes of the files in weights/
+    blindsight_jax.json       schema; dtype, shapes and fingerprint of the model; sizes of the files in weights/
     config.json               the Hugging Face configuration
+    generation_config.json    at least the tokens that end an answer
     blindsight_profile.json   the profile, if there is one
     weights/                  orbax
     ...                       files of the processor, where they were given

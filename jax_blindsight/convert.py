@@ -97,19 +97,12 @@ class Conversion:
         """The dtype on disk, that of the token embedding."""
         return DTYPES[self._files.tensors[self._on_disk[self._sources[_EMBEDDING].name]].dtype]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk of all tensors that are converted."""
-        infos = (self._files.tensors[name] for name in self._on_disk.values())
-        return sum(int(np.prod(info.shape)) * DTYPES[info.dtype].itemsize for info in infos)
-
-    def weights(self, dtype: Any, shardings: Weights | None = None) -> Weights:
+    def weights(self, dtype: Any, shardings: Weights) -> Weights:
         """Reads and converts everything, in the order of the files.
 
         Args:
             dtype: of the leaves.
-            shardings: a `jax.sharding.Sharding` for every leaf, in a tree like the weights'. Default: all on the
-                default device.
+            shardings: a `jax.sharding.Sharding` for every leaf, in a tree like the weights'.
 
         Returns:
             The weights of `jax_blindsight.model`.
@@ -117,9 +110,7 @@ class Conversion:
         Raises:
             ValueError: a file is damaged.
         """
-        targets: dict[str, Any] = dict.fromkeys(self._leaves)
-        if shardings is not None:
-            targets = dict(zip(self._leaves, jax.tree.leaves(shardings), strict=True))
+        targets = dict(zip(self._leaves, jax.tree.leaves(shardings), strict=True))
         order = {name: place for place, name in enumerate(self._files.tensors)}
         paths = sorted(self._leaves, key=lambda path: order[self._on_disk[self._sources[path].name]])
         done = {path: jax.block_until_ready(jax.device_put(self._read(path, dtype), targets[path])) for path in paths}

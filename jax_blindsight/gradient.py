@@ -55,7 +55,7 @@ def measure_with_gradient(observer: Observer, seed: int) -> None:
     def attend_layer(layer: int, q: Array, k: Array, v: Array) -> Array:
         return observer.attend(layer, q, k, v, Category.DENSE)[0]
 
-    last = observer.run(attend_layer, lambda _, read: inputs.append(read.copy()))
+    last = observer.run(attend_layer, lambda read: inputs.append(read.copy()))
     row = np.int32(layout.stop - 1)
     vector, observer.unit = magnified(fisher_vector(np.asarray(_logits(weights, last, row, config=config)), seed))
     gradient = _by_last(weights, last, row, vector, config=config)

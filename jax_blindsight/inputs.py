@@ -55,8 +55,7 @@ def read_inputs(config: ModelConfig, inputs: Mapping[str, Any], *, past: np.ndar
     past = np.ones((len(ids), 0), dtype=bool) if past is None else past
     given = _mask(arrays, ids, past)
     _check_types(config, arrays, ids, given, past.shape[1])
-    stop = ids.shape[1] - np.argmax(given[:, ::-1], axis=1)  # one past each row's last token
-    shift = ids.shape[1] - stop
+    shift = np.argmax(given[:, ::-1], axis=1)  # padding behind each row's last token
     columns = np.arange(ids.shape[1]) - shift[:, None]
     aligned = np.where(columns >= 0, np.take_along_axis(ids, np.maximum(columns, 0), axis=1), 0)
     start = np.argmax(given, axis=1) + shift
@@ -145,9 +144,7 @@ def _check_types(
     config: ModelConfig, arrays: dict[str, np.ndarray], ids: np.ndarray, given: np.ndarray, past: int
 ) -> None:
     """Token types must name as pictures what the ids name so."""
-    kinds = np.where(ids == config.special.image, 1, 0)
-    if config.special.video is not None:
-        kinds = np.where(ids == config.special.video, 2, kinds)
+    kinds = np.where(ids == config.special.image, 1, np.where(ids == config.special.video, 2, 0))
     for name in _TYPES:
         if name not in arrays:
             continue
@@ -190,9 +187,7 @@ def _match(config: ModelConfig, ids: np.ndarray, arrays: dict[str, np.ndarray]) 
 
 
 def _runs(ids: np.ndarray, placeholder: int | None) -> list[tuple[int, int, int]]:
-    """Runs of a placeholder as (row, first, last), row by row."""
-    if placeholder is None:
-        return []
+    """Runs of a placeholder as (row, first, last), row by row; no id equals None."""
     where = np.pad(ids == placeholder, ((0, 0), (1, 1)))
     edges = np.diff(where.astype(np.int8), axis=1)
     rows, first = np.nonzero(edges == 1)

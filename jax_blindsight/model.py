@@ -19,8 +19,9 @@ from jax_blindsight.config import ModelConfig, QwenVisionConfig, TextConfig
 from jax_blindsight.decoder import Attend, Decoder, DecoderLayer
 from jax_blindsight.layers import Rotation
 from jax_blindsight.vision_blocks import VisionBlock
-from jax_blindsight.vision_inputs import Segments, VisionInputs
+from jax_blindsight.vision_inputs import VisionInputs
 from jax_blindsight.vision_qwen import QwenVision
+from jax_blindsight.vision_segments import Segments
 from jax_blindsight.vision_siglip import SiglipVision
 
 Weights = dict[Any, Any]

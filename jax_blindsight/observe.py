@@ -21,11 +21,11 @@ import numpy as np
 from jax import Array
 
 from jax_blindsight.attention import attend
-from jax_blindsight.buckets import bucket
+from jax_blindsight.buckets import bucket, pad_last
 from jax_blindsight.decoder import Attend
 from jax_blindsight.inputs import Prompt, read_inputs
 from jax_blindsight.params import Params
-from jax_blindsight.prefill import embed_prompt, implementation_for, layer_work, pad_last, place_rows
+from jax_blindsight.prefill import embed_prompt, implementation_for, layer_work, place_rows
 from jax_blindsight.residual import Stream, moved, stream_of
 from jax_blindsight.stack import run_layers
 from shared_profiles import SPARSE, Category, Layout, SinkTemplate
@@ -73,7 +73,7 @@ class Observer:
         self._counted[self.rows] = 1
         self._found: dict[int, list[dict[str, Array]]] = {}  # by layer, then of each sparse category [H] each
 
-    def run(self, attend: Attend, read: Callable[[int, Array], None] | None = None) -> Array:
+    def run(self, attend: Attend, read: Callable[[Array], None] | None = None) -> Array:
         """Runs the prompt through all layers; arguments and result as `run_layers`."""
         embeddings = embed_prompt(self.params, self._prompt, self.bucket)
         return run_layers(self.params, embeddings, self.positions, attend, read)
@@ -160,7 +160,7 @@ def observe(observer: Observer) -> None:
         observer.measure(layer, q, k, v, dense, inputs.pop())
         return dense[0]
 
-    observer.run(attend_layer, lambda _, read: inputs.append(read))
+    observer.run(attend_layer, inputs.append)
 
 
 @jax.jit

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_blindsight.layers import precision
+from jax_blindsight.layers import NEGATIVE, precision
 from jax_blindsight.work import GATHERED_ROWS, TILE_ROWS, AttentionWork
 from shared_profiles import Category
 
@@ -31,7 +31,6 @@ from shared_profiles import Category
 TEAM = 8
 # Keys of a chunk: for tiles, and for the few rows of gathered ones.
 CHUNK, GATHERED_CHUNK = 160, 512
-_HIDDEN = -1e30  # finite, so that a row whose chunk is all hidden gives no NaN
 
 # Per row: the highest score, the sum of exponentials, and the weighted sum of values.
 _State = tuple[Array, Array, Array]
@@ -68,6 +67,17 @@ def attend_sequence(
         """Adds the rows of `tiles` `[4, n, 7]`, of which `n_real` `[4]` are real.
 
         `rows_of` takes the tiles of a team, `[A, 7]`, to positions `[A, R]`; `q_start + T` is no row.
+
+        Two heads, 0 and 1, are DENSE, which has three tiles, and head 2 is INTRA_IMAGE, which has two:
+
+            count   2  0  1  0            heads of each category
+            n_real  3  .  2  .            tiles of each category
+            pairs   6  0  2  0
+            end     6  6  8  8            as many pairs are of this category or of one before it
+
+            pair    0  1  2  3  4  5 | 6  7
+            head    0  1  0  1  0  1 | 2  2
+            tile    0  0  1  1  2  2 | 0  1      of the head's category
         """
         pairs = count * n_real  # tile by tile, and each by all heads of the category
         end = jnp.cumsum(pairs, dtype=jnp.int32)
@@ -108,7 +118,7 @@ def attend_sequence(
             some_k, some_v = (x.at[kv, key].get(mode="clip") for x in (k, v))
             return _absorb(state, q_rows, some_k, some_v, real, shown, scale)
 
-        state = jnp.full(shape, _HIDDEN, precise), jnp.zeros(shape, precise), jnp.zeros((*shape, dim), precise)
+        state = jnp.full(shape, NEGATIVE, precise), jnp.zeros(shape, precise), jnp.zeros((*shape, dim), precise)
         peak, total, weighted = lax.fori_loop(0, (n.max() + chunk - 1) // chunk, step, state)
         return (weighted / total[..., None]).astype(q.dtype), peak + jnp.log(total)
 
@@ -142,7 +152,7 @@ def _absorb(state: _State, q: Array, k: Array, v: Array, real: Array, shown: Arr
         scale: factor on the scores.
     """
     peak, total, weighted = state
-    scores = jnp.where(shown, _dot(q, k, 2) * scale, _HIDDEN)  # [A, R, C]
+    scores = jnp.where(shown, _dot(q, k, 2) * scale, NEGATIVE)  # [A, R, C]
     new_peak = jnp.maximum(peak, scores.max(axis=-1))
     weights = jnp.exp(scores - new_peak[..., None])
     faded = jnp.exp(peak - new_peak)

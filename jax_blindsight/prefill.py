@@ -35,7 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jax_blindsight.attention import attend
 from jax_blindsight.break_even import gains
-from jax_blindsight.buckets import bucket
+from jax_blindsight.buckets import bucket, pad_last
 from jax_blindsight.cache import Cache
 from jax_blindsight.config import ModelConfig
 from jax_blindsight.implementations import Name, build_work, implementation
@@ -272,11 +272,6 @@ def _table(params: Params) -> Array:
 def _place(params: Params, over_mesh: PartitionSpec) -> Sharding:
     """Where arrays go that meet the weights."""
     return _table(params).sharding if params.mesh is None else NamedSharding(params.mesh, over_mesh)
-
-
-def pad_last(array: np.ndarray, n: int) -> np.ndarray:
-    """Zeros after the last axis, up to length n."""
-    return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, n - array.shape[-1])])
 
 
 def _wanted_rows(prompt: Prompt, n_queries: int) -> np.ndarray:

@@ -72,7 +72,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Weights:
         ValueError: the mesh has other axes than "data" and "model", or Explicit ones, or its model axis does not divide
             the kv heads or the columns of the MLP.
     """
-    check_mesh(config, mesh)
+    _check_mesh(config, mesh)
     size = mesh.shape[MODEL]
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -86,12 +86,8 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Weights:
     return jax.tree_util.tree_map_with_path(place, abstract_weights(config, np.float32))
 
 
-def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """Demands that a model can be split over a mesh.
-
-    Raises:
-        ValueError: see `param_shardings`.
-    """
+def _check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Demands that a model can be split over a mesh."""
     if set(mesh.axis_names) != {DATA, MODEL}:
         raise ValueError(f"a mesh must have the axes {DATA} and {MODEL}. Got {mesh.axis_names}. Use make_mesh.")
     if set(mesh.axis_types) != {AxisType.Auto}:

@@ -31,7 +31,7 @@ def run_layers(
     hidden: Array,
     positions: np.ndarray,
     attend: Attend,
-    read: Callable[[int, Array], None] | None = None,
+    read: Callable[[Array], None] | None = None,
 ) -> Array:
     """Runs all decoder layers.
 
@@ -41,7 +41,7 @@ def run_layers(
         positions: int, mRoPE `[3, B, T]` or `[B, T]` as the family has it.
         attend: `(layer, q [B, H, T, D], k [B, K, T, D], v) -> [B, T, H, D]`, called once per layer, not traced; q and k
             are rotated and not scaled.
-        read: `(layer, hidden [B, T, E])`, called with what each layer reads; to keep it, copy it.
+        read: called with what each layer reads, `[B, T, E]`; to keep it, copy it.
 
     Returns:
         `[B, T, E]`, not yet normalised.
@@ -51,7 +51,7 @@ def run_layers(
     layers = params.weights["decoder"]["layers"]
     for i, rope in enumerate(config.text.ropes):
         if read is not None:
-            read(i, hidden)
+            read(hidden)
         # Nothing here keeps q, k and v alive beside the MLP.
         out = attend(i, *_begin(layers[i], hidden, rotations[rope], config=config, mesh=mesh))
         hidden = _end(layers[i], hidden, out, config=config, mesh=mesh)

@@ -16,7 +16,8 @@ from jax import Array
 from jax_blindsight.config import ModelConfig, QwenVisionConfig
 from jax_blindsight.layers import Rotation
 from jax_blindsight.model import Weights, begin_vision, encode_siglip, end_vision, vision_block
-from jax_blindsight.vision_inputs import Segments, VisionInputs
+from jax_blindsight.vision_inputs import VisionInputs
+from jax_blindsight.vision_segments import Segments
 
 
 def encode_images(weights: Weights, config: ModelConfig, vision: VisionInputs) -> Array:
@@ -34,8 +35,7 @@ def encode_images(weights: Weights, config: ModelConfig, vision: VisionInputs) -
         return _siglip(weights, vision, config=config)
     x, by = _begin(weights, vision.pixels, vision.coordinates, config=config)
     for i in range(config.vision.depth):
-        windows = None if i in config.vision.full_blocks else vision.windows
-        segments = vision.frames if windows is None else windows
+        segments = vision.frames if i in config.vision.full_blocks else vision.windows
         x = _block(weights["vision"]["blocks"][i], x, segments, by, config=config)
     return _end(weights, x, vision.order, config=config)
 

@@ -20,7 +20,7 @@ from jax_blindsight.layers import (
     precision,
     rotate,
 )
-from jax_blindsight.vision_inputs import Segments
+from jax_blindsight.vision_segments import Segments
 
 
 def segment_attention(q: Array, k: Array, v: Array, segments: Segments) -> Array:

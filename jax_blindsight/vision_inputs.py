@@ -1,61 +1,19 @@
-"""Pictures as the vision towers take them: NumPy arrays of bucketed sizes, made from what a processor returns.
-
-Patches attend within segments (a frame, or a window of one), which lie one after another:
-
-    patches     a a a a a a b b c d d d d .      segments a, b, c, d, then padding up to the bucket
-    blocks     |a a a a|a a b b|c . . .|d d d d|      queries, at most `rows`; only long segments are cut
-    keys        a a a a|a a
-                a a a a|a a b b                       its segments, in tiles of `tile`; each row sees its own alone
-                c . . .
-                d d d d
-
-A block's scores are taken tile by tile, so memory grows with the number of patches and never with its square. Blocks of
-a similar number of tiles are computed together, and only the real ones: how many blocks and tiles there are is data,
-and all shapes follow from the bucket of patches alone.
-"""
+"""Pictures as the vision towers take them: NumPy arrays of bucketed sizes, made from what a processor returns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from jax_blindsight.buckets import bucket, power_of_two
+from jax_blindsight.buckets import bucket, pad_first, power_of_two
 from jax_blindsight.config import ModelConfig, QwenVisionConfig, SiglipVisionConfig
+from jax_blindsight.vision_segments import Segments, segments
 
-ROWS, TILE = 128, 256  # queries of a block and keys of a tile, of segments that have no smaller bound
 MIN_IMAGES = 4  # so that prompts of few images share one size
-SCORES_PER_STEP = 2**20  # about how many scores of a head are computed at once, at most
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """How patches attend within their segments: query blocks, those of most tiles first.
-
-    Attributes:
-        n_steps: int32, how many times `step` blocks are computed; those beyond have no real rows.
-        query_start: `[n]` int32, the first of the block's `rows` patches.
-        key_start: `[n]` int32, the first patch of its segments.
-        n_tiles: `[n]` int32, how many tiles from there reach their end.
-        first, last: `[P]` int32, each patch's segment is `[first, last)`.
-        slot: `[P]` int32, where each patch stands among the rows of all blocks.
-        rows, tile, step: sizes of a block and of a tile, and how many blocks are computed at once; n is a multiple.
-    """
-
-    n_steps: np.ndarray
-    query_start: np.ndarray
-    key_start: np.ndarray
-    n_tiles: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-    slot: np.ndarray
-    rows: int = field(metadata=dict(static=True))
-    tile: int = field(metadata=dict(static=True))
-    step: int = field(metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -86,15 +44,13 @@ def prepare_vision(config: ModelConfig, inputs: Mapping[str, Any]) -> VisionInpu
 
     Args:
         config: the model.
-        inputs: NumPy arrays as the processor returns them. `input_ids` `[B, N]` gives the placeholders' order. Qwen:
+        inputs: NumPy arrays as `read_inputs` checked them. `input_ids` `[B, N]` gives the placeholders' order. Qwen:
             `pixel_values` `[patches, features]` with `image_grid_thw` `[n, 3]`, `pixel_values_videos` with
             `video_grid_thw`. Gemma 3: `pixel_values` `[n, channels, height, width]`.
 
     Raises:
-        ValueError: no pictures; pictures, grids and placeholders that do not match.
+        ValueError: pictures of another size or number than the grids or placeholders say.
     """
-    if "input_ids" not in inputs:
-        raise ValueError(f"inputs must hold input_ids, the order of the pictures. Got {sorted(inputs)}.")
     prepare = _prepare_qwen if isinstance(config.vision, QwenVisionConfig) else _prepare_siglip
     return prepare(config, config.vision, inputs)  # type: ignore[arg-type]
 
@@ -108,7 +64,7 @@ def _prepare_siglip(config: ModelConfig, vision: SiglipVisionConfig, inputs: Map
     order = _placeholder_order(config, inputs["input_ids"], len(pixels) * tokens, 0)
     n_padded = power_of_two(max(len(pixels), MIN_IMAGES))  # only the real ones are computed
     n_images = np.array(len(pixels), dtype=np.int32)
-    return VisionInputs(_pad(pixels, n_padded), None, None, None, n_images, _pad(order, n_padded * tokens))
+    return VisionInputs(pad_first(pixels, n_padded), None, None, None, n_images, pad_first(order, n_padded * tokens))
 
 
 def _prepare_qwen(config: ModelConfig, vision: QwenVisionConfig, inputs: Mapping[str, Any]) -> VisionInputs:
@@ -116,8 +72,6 @@ def _prepare_qwen(config: ModelConfig, vision: QwenVisionConfig, inputs: Mapping
     videos, video_grids = _patches(vision, inputs, "pixel_values_videos", "video_grid_thw")
     grids = np.concatenate([image_grids, video_grids])
     n = len(images) + len(videos)
-    if not n:
-        raise ValueError(f"inputs must hold pixel_values or pixel_values_videos. Got {sorted(inputs)}.")
     counts = [len(x) // vision.merge_unit for x in (images, videos)]
     order = _placeholder_order(config, inputs["input_ids"], *counts)
 
@@ -137,8 +91,8 @@ def _prepare_qwen(config: ModelConfig, vision: QwenVisionConfig, inputs: Mapping
     np.take(images, rows[:cut], axis=0, out=pixels[:cut], mode="clip")
     np.take(videos, rows[cut:] - cut, axis=0, out=pixels[cut:n], mode="clip")
     coordinates = patch_coordinates(grids, vision.merge)[rows]
-    order = _pad(order, n_padded // vision.merge_unit)
-    return VisionInputs(pixels, _pad(coordinates, n_padded), frames, windows, None, order)
+    order = pad_first(order, n_padded // vision.merge_unit)
+    return VisionInputs(pixels, pad_first(coordinates, n_padded), frames, windows, None, order)
 
 
 def patch_coordinates(grids: np.ndarray, merge: int) -> np.ndarray:
@@ -181,68 +135,13 @@ def window_order(grids: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(tokens), np.concatenate(lengths)
 
 
-def segments(lengths: np.ndarray, n_padded: int, rows: int = ROWS, tile: int = TILE) -> Segments:
-    """Cuts segments that lie one after another into query blocks.
-
-    Args:
-        lengths: `[n]`, positive: patches of each segment.
-        n_padded: length of the padded patch array.
-        rows: of a block, at most.
-        tile: keys of a tile, at most.
-    """
-    lengths, rows, tile = np.asarray(lengths, dtype=np.int64), min(rows, n_padded), min(tile, n_padded)
-    stop = np.cumsum(lengths)
-    starts = stop - lengths
-    begin, end, key_start, key_end = np.array(_blocks(lengths.tolist(), rows)).T
-    # Two blocks in a row hold more than `rows` patches together, else they would be one.
-    most = 2 * (n_padded // (rows + 1)) + 1
-    step = max(1, min(most // 4, SCORES_PER_STEP // (rows * tile)))
-    step = power_of_two(step + 1) // 2
-    n = -(-most // step) * step
-
-    n_tiles = -(-(key_end - key_start) // tile)
-    order = np.argsort(-n_tiles, kind="stable")
-    query_start = np.minimum(begin, n_padded - rows)  # a slice may not reach beyond the array
-    rank = np.argsort(order)
-    slot = np.arange(stop[-1]) + np.repeat(rank * rows - query_start, end - begin)
-    query_start, key_start, n_tiles = (_pad(x[order].astype(np.int32), n) for x in (query_start, key_start, n_tiles))
-    bounds = np.repeat([starts, stop], lengths, axis=1)
-    first, last, slot = (_pad(x.astype(np.int32), n_padded) for x in (*bounds, slot))
-    n_steps = np.array(-(-len(order) // step), dtype=np.int32)
-    return Segments(n_steps, query_start, key_start, n_tiles, first, last, slot, rows, tile, step)
-
-
-def _blocks(lengths: list[int], rows: int) -> list[tuple[int, int, int, int]]:
-    """The patches `[begin, end)` of every block, and those of all its segments.
-
-    A segment that does not fit into what is left of a block begins the next.
-    """
-    blocks, begin, end, key_start = [], 0, 0, 0
-    for n in lengths:
-        if end - begin + n > rows and end > begin:
-            blocks.append((begin, end, key_start, end))
-            begin = key_start = end
-        stop = end + n
-        while stop - begin > rows:
-            blocks.append((begin, begin + rows, key_start, stop))
-            begin += rows
-        end = stop
-    return [*blocks, (begin, end, key_start, end)]
-
-
 def _patches(
     vision: QwenVisionConfig, inputs: Mapping[str, Any], pixels_name: str, grid_name: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Patches `[n, features]` float32 and grids `[m, 3]` int64 that match, both empty where the prompt has none."""
-    if pixels_name not in inputs and grid_name not in inputs:
+    if pixels_name not in inputs:
         return np.zeros((0, vision.patch_features), np.float32), np.zeros((0, 3), np.int64)
-    if pixels_name not in inputs or grid_name not in inputs:
-        raise ValueError(f"{pixels_name} and {grid_name} go together. Got {sorted(inputs)}.")
     grids = np.asarray(inputs[grid_name], dtype=np.int64).reshape(-1, 3)
-    if (grids < 1).any() or (grids[:, 1:] % vision.merge).any():
-        raise ValueError(
-            f"{grid_name} must hold positive sizes, rows and columns multiples of {vision.merge}. Got {grids.tolist()}."
-        )
     patches = np.asarray(inputs[pixels_name], dtype=np.float32)
     shape = (int(grids.prod(axis=1).sum()), vision.patch_features)
     if patches.shape != shape:
@@ -254,7 +153,7 @@ def _placeholder_order(config: ModelConfig, ids: Any, n_images: int, n_videos: i
     """For each placeholder of the prompt its row among image tokens followed by video tokens: `[n]` int32."""
     ids, special = np.asarray(ids).reshape(-1), config.special
     is_image = ids == special.image
-    is_video = np.zeros_like(is_image) if special.video is None else ids == special.video
+    is_video = ids == special.video
     if (is_image.sum(), is_video.sum()) != (n_images, n_videos):
         raise ValueError(
             f"input_ids must hold one placeholder per image token ({n_images}) and per video token ({n_videos}). Got "
@@ -262,8 +161,3 @@ def _placeholder_order(config: ModelConfig, ids: Any, n_images: int, n_videos: i
         )
     order = np.where(is_image, np.cumsum(is_image) - 1, n_images + np.cumsum(is_video) - 1)[is_image | is_video]
     return order.astype(np.int32)
-
-
-def _pad(array: np.ndarray, n: int) -> np.ndarray:
-    """Zeros after the first axis, up to length n."""
-    return np.pad(array, [(0, n - len(array))] + [(0, 0)] * (array.ndim - 1))

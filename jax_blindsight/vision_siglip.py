@@ -11,7 +11,8 @@ from jax import Array, lax
 from jax_blindsight.config import SiglipVisionConfig
 from jax_blindsight.layers import Embedding, LayerNorm, Linear, RMSNorm
 from jax_blindsight.vision_blocks import VisionBlock
-from jax_blindsight.vision_inputs import VisionInputs, segments
+from jax_blindsight.vision_inputs import VisionInputs
+from jax_blindsight.vision_segments import segments
 
 
 class Projector(nnx.Module):

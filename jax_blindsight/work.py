@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from blindsight_kernels.checks import check_window
-from jax_blindsight.buckets import power_of_two
+from jax_blindsight.buckets import pad_first, power_of_two
 from shared_profiles import Category, Layout, SinkTemplate, image_tiles, packed_positions
 from shared_profiles.layout import concatenated_ranges
 
@@ -108,7 +108,7 @@ def attention_work(
     n_packed = power_of_two(max(len(p) for s in sequences for p in s.packed), _PACKED)
 
     def stack(rows: list[list[np.ndarray]], n: int) -> np.ndarray:
-        return np.stack([np.stack([_pad(x, n) for x in row]) for row in rows])
+        return np.stack([np.stack([pad_first(x.astype(np.int32), n) for x in row]) for row in rows])
 
     return AttentionWork(
         q_start=np.full(len(layouts), q_start, dtype=np.int32),
@@ -210,13 +210,6 @@ def _runs(positions: np.ndarray) -> list[tuple[int, int]]:
     """Ascending positions as `[first, stop)` of neighbours."""
     pieces = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
     return [(int(piece[0]), int(piece[-1]) + 1) for piece in pieces if len(piece)]
-
-
-def _pad(x: np.ndarray, n: int) -> np.ndarray:
-    """`x` as int32, its first axis filled up to n with zeros."""
-    out = np.zeros((n, *x.shape[1:]), dtype=np.int32)
-    out[: len(x)] = x
-    return out
 
 
 def check_layouts(

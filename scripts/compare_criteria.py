@@ -18,11 +18,11 @@ from pathlib import Path
 
 from blindsight_cli.arguments import count
 from blindsight_cli.commands.demo import SHIPPED_MODEL
+from blindsight_cli.folders import write_json
 from blindsight_cli.smallvlm import evaluate
 from blindsight_study import criteria
 from blindsight_study.criteria_page import draw, read_studies, write_page
 from blindsight_study.measure import Study
-from shared_profiles._atomic import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["criteria", "target", "stability", "transfer", "knobs", "sinks"]
@@ -66,7 +66,7 @@ def main() -> None:
                 "knobs": lambda: criteria.knobs(study, six),
                 "sinks": lambda: criteria.sinks(study, six),
             }[part]()
-            write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+            write_json(path, results)
     studies = read_studies(path.parent)
     write_page(studies, asked.out / "criteria.md", "../criteria.svg")
     draw(studies, asked.out.parent / "criteria.svg")

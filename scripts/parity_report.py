@@ -10,7 +10,6 @@ source tree. Exits with 1 where something differs by more than is allowed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -26,11 +25,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants m
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0 where everything measured is equal."""
+    from blindsight_gpu.parts import some_of
     from parity_document import PARTS, count
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of parity.json and parity.html")
-    parser.add_argument("--part", type=_parts(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--part", type=some_of(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument(
         "--write-golden", action="store_true", help="write the files of tests/golden anew, nothing else"
     )
@@ -60,18 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if n == n_equal else 1
 
 
-def _parts(known: Any) -> Any:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := set(names) - set(known):
-            raise argparse.ArgumentTypeError(
-                f"parts must be among {', '.join(known)}. Got {', '.join(sorted(unknown))}."
-            )
-        return names
-
-    return parse
-
-
 def _device() -> str:
     """Where to run: "cuda" if both frameworks reach a GPU, else "cpu"."""
     import jax
@@ -96,11 +84,12 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 def _write(document: dict[str, Any], folder: Path) -> None:
+    from blindsight_cli.folders import write_json
     from blindsight_cli.report.parity import render_parity
     from shared_profiles._atomic import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "parity.json", (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_json(folder / "parity.json", document)
     write_atomically(folder / "parity.html", render_parity(document).encode())
 
 

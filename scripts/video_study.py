@@ -8,15 +8,14 @@ Writes `video.json` and `video.md`. The model never saw a video: `blindsight_stu
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from blindsight_cli.arguments import count
 from blindsight_cli.commands.demo import SHIPPED_MODEL
+from blindsight_cli.folders import write_json
 from blindsight_cli.smallvlm import evaluate
 from blindsight_study import video
 from blindsight_study.video_page import write_page
-from shared_profiles._atomic import write_atomically
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
 
@@ -43,7 +42,7 @@ def main() -> None:
         "profiles": video.profiles(study, Profile.load(asked.checkpoint / FILE_NAME)),
         "long_video": video.long_video(),
     }
-    write_atomically(asked.out / "video.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_json(asked.out / "video.json", results)
     write_page(results, asked.out / "video.md")
 
 

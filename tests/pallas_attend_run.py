@@ -1,4 +1,4 @@
-"""Attention through `attend(impl="pallas")` in the simulator, beside the portable one; prints how they differ as JSON.
+"""Attention through `attend`, by Pallas in the simulator, beside the portable one; prints how they differ as JSON.
 
 Run in a process of its own that is ended from outside, because the simulator can hang.
 """
@@ -46,7 +46,7 @@ def differences(window: int | None = None, q_start: int = 0, bidirectional: bool
             used = work.tiles[:, :, [4, 10]].any(axis=(0, 2)).sum()
             work = dataclasses.replace(work, tiles=work.tiles[:, : used + 1])
         interpret = plgpu.InterpretGPUParams() if impl == "pallas" else None
-        how = dict(window=window, scale=0.125, bidirectional=bidirectional, impl=impl, interpret=interpret)
+        how = dict(window=window, scale=0.125, bidirectional=bidirectional, interpret=interpret)
         out, lse = attend(q, k, v, work, categories=CATEGORIES, **how)
         found[impl] = np.asarray(out, np.float32), np.asarray(lse)
     (out, lse), (other, other_lse) = found["portable"], found["pallas"]

@@ -267,7 +267,7 @@ def jax_attend(impl: Name, case: Case, device: str = "cpu", sizes: tuple[int, in
     where = dict(head_dim=case.head_dim, n_queries=n_queries, n_keys=n_keys, **case.where)
     work = build_work(impl, case.layouts, case.template, **where)
     arrays = [to_jax(x.to(device)) for x in (q, k, v)]
-    options = dict(categories=case.categories, window=case.window, scale=case.scale, impl=impl)
+    options = dict(categories=case.categories, window=case.window, scale=case.scale)
     out, lse = attend(*arrays, work, bidirectional=case.layouts[0].bidirectional, **options)
     n = case.n_queries
     assert not np.asarray(out[:, n:]).any() and np.isneginf(lse[:, :, n:]).all(), "rows beyond the real ones"

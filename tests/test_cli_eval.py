@@ -21,6 +21,7 @@ from blindsight_cli.prompt_file import open_images
 from blindsight_cli.smallvlm.puzzles import KINDS, make_puzzle
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from shared_profiles.profile import Profile
+from shared_profiles.provenance import DISTRIBUTION, installed
 from tiny_checkpoints import save_checkpoint, save_prompts
 from torch_blindsight import fingerprint, patch
 from torch_blindsight.models import inspect_model
@@ -123,6 +124,8 @@ def test_the_figures_are_the_librarys(items: Path, profile: Path, tmp_path: Path
     assert told["prefill"]["n"] == 3 and told["prefill"]["ratio"] > 0 and told["marks"] == []
     assert told["overlap"]["checked"] is False and "does not say what it was made from" in told["overlap"]["told"]
     assert told["run"]["fingerprint"]["digest"] == judged.fingerprint.digest
+    packages = (DISTRIBUTION, "torch", "transformers", "numpy")
+    assert told["run"]["versions"] == {name: installed(name) for name in packages}
     assert told["provenance"]["sparse"]["profile"] == str(profile) and told["provenance"]["hardware"]
 
 

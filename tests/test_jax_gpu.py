@@ -47,7 +47,7 @@ def test_a_layer_whose_dense_heads_go_to_cudnn(device, impl, queries):
         assert bool(attention._by_cudnn(work)) == (device == "cuda")
         if device == "cuda":
             assert attention._count_for_cudnn(q, np.array(MIXED), None, False, None) == MIXED.count(0)
-        where = dict(categories=MIXED, window=None, scale=128**-0.5, bidirectional=False, impl=impl)
+        where = dict(categories=MIXED, window=None, scale=128**-0.5, bidirectional=False)
         out, nothing = attend(q, k, v, work, lse=False, **where)
         assert nothing is None and out.dtype == q.dtype and not out[:, layout.stop :].any()
         check_rows(out, None, q, k, v, layout, MIXED)

@@ -121,12 +121,16 @@ def test_refusals(impl):
         make(dense=[True, False])
 
 
+@given(st.integers(0, 1 << 20))
+def test_a_bucket_holds_n_and_wastes_less_than_an_eighth(n):
+    size = bucket(n)
+    assert size >= max(n, 128)
+    assert size == 128 or size - n < size / 8
+    assert bucket(size) == size
+
+
 @given(st.integers(0, 1 << 20), st.sampled_from([1, 64, 100, 128]))
-def test_a_bucket_holds_n_and_wastes_less_than_an_eighth(n, minimum):
-    size = bucket(n, minimum=minimum)
-    assert size >= max(n, minimum)
-    assert size == minimum or size - n < size / 8
-    assert bucket(size, minimum=minimum) == size
+def test_the_least_power_of_two(n, minimum):
     assert power_of_two(n, minimum) == next(p for p in map((1).__lshift__, range(21)) if p >= max(n, minimum))
 
 

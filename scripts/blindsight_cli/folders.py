@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from blindsight_cli.errors import IncompatibleError
 from shared_profiles import family_of
+from shared_profiles._atomic import write_atomically
+from shared_profiles.lookup import find_profile
+from shared_profiles.profile import Fingerprint, Profile
 
 Kind = Literal["profile", "page", "benchmark"]
 _KINDS: dict[Kind, str] = {"profile": "a profile", "page": "an HTML page", "benchmark": "a result of blindsight bench"}
@@ -51,6 +54,30 @@ def read_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError(str(error)) from error
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes a result file, whole or not at all.
+
+    Raises:
+        ValueError: the document holds NaN or an infinity, which JSON has not.
+        OSError: the file cannot be written.
+    """
+    write_atomically(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+
+
+def named_or_found(
+    given: Profile | None, path: Path | None, print_: Fingerprint, checkpoint: Path
+) -> tuple[Profile, Path] | tuple[None, None]:
+    """The profile that was named, of the file `path`, else the one that is found for a model; and its file.
+
+    Raises:
+        ProfileError: it is damaged or belongs to another model.
+    """
+    if given is not None and path is not None:
+        given.require(print_)
+        return given, path
+    return find_profile(print_, str(checkpoint)) or (None, None)
 
 
 def is_for_jax(folder: Path) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from blindsight_cli.backends import Backend, Prompt
+from blindsight_cli.backends import Backend, Prompt, next_tokens
 from shared_profiles import SinkTemplate
 from shared_profiles.measured import Measured, divergence
 from shared_profiles.profile import Profile
@@ -25,6 +25,7 @@ class HeldOut:
 
     Attributes:
         prompts: those that are measured, by the digest of their content.
+        dense: `[N, V]` float32, log-probabilities of the dense next tokens.
 
     Raises:
         ValueError: no prompt has two images.
@@ -43,7 +44,7 @@ class HeldOut:
                 self.prompts[digest], n_images[digest] = prompt, rows
         require_held_out(len(self.prompts), n)
         self._n_images = np.concatenate(list(n_images.values()))
-        self.dense = np.concatenate([model.next_token(x, None)[0] for x in self.prompts.values()])  # [N, V]
+        self.dense = next_tokens(model, self.prompts.values(), None)
 
     @property
     def digest(self) -> str:
@@ -62,10 +63,7 @@ class HeldOut:
         """
         template = template or self._profile.template
         profile = replace(self._profile, categories=categories, template=template, curve=())
-        found, ran = zip(*(self._model.next_token(x, profile) for x in self.prompts.values()), strict=True)
-        if profile.categories.any() and set(ran) != {"sparse"}:
-            raise RuntimeError(f"all {len(self.prompts)} prefills must have run sparse. Got {sorted(set(ran))}.")
-        return np.concatenate(found)
+        return next_tokens(self._model, self.prompts.values(), profile)
 
     def __call__(self, categories: np.ndarray) -> Measured:
         """Measures categories `[L, H]`."""

@@ -81,28 +81,14 @@ def _cases(results: Results, place: Place, shape: Shape, length: str, n_tokens: 
     return found | {case(name): partial(sparse, name) for name in layers}
 
 
-def _inputs(shape: Shape, layout: Layout, place: Place) -> Inputs:
-    return two_inputs(shape, layout.n_tokens, place)
-
-
-def _facts(shape: Shape, layout: Layout) -> Row:
-    return dict(
-        shape=shape.name,
-        heads=f"{shape.heads}/{shape.kv_heads}, d={shape.dim}",
-        tokens=layout.n_tokens,
-        images=layout.n_images,
-        image_tokens=shape.image_tokens,
-    )
-
-
 def _plan_row(shape: Shape, layout: Layout, place: Place) -> Row:
     """What attention costs beside the kernel.
 
     Once a prompt, on the host: the plan of a prompt never seen before, and its work list, uploaded. In every layer:
     packing keys and values, on the device, and the host's part of a launch.
     """
-    inputs = _inputs(shape, layout, place)
-    return {**_facts(shape, layout), **costs_beside(shape, layout, inputs, place)}
+    inputs = two_inputs(shape, layout.n_tokens, place)
+    return {**shape.facts(layout), **costs_beside(shape, layout, inputs, place)}
 
 
 def costs_beside(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> Row:
@@ -136,14 +122,14 @@ def costs_beside(shape: Shape, layout: Layout, inputs: Inputs, place: Place) -> 
 
 def _dense_row(shape: Shape, layout: Layout, place: Place) -> Row:
     """The denominator: causal attention of the same tokens by the vendor's kernel."""
-    inputs = _inputs(shape, layout, place)
+    inputs = two_inputs(shape, layout.n_tokens, place)
     q, k, v = inputs[0]
     _, name = peers.causal_dense(q[:, :, :128], k[:, :, :128], v[:, :, :128], place)
     first = first_seconds(lambda: peers.causal_dense(q, k, v, place), place)
     seconds = seconds_per_call(lambda turn: peers.causal_dense(*inputs[turn % 2], place), place)
     pairs = shape.heads * layout.n_tokens * (layout.n_tokens + 1) // 2
     return {
-        **_facts(shape, layout),
+        **shape.facts(layout),
         "kernel": name,
         "dense_ms": 1e3 * seconds,
         "first_ms": 1e3 * first,
@@ -167,7 +153,7 @@ def _sparse_row(
     compared: bool,
 ) -> Row:
     """One profile by our kernel and, if it is compared, by each peer that can; without `dense`, against nothing."""
-    inputs, scale = _inputs(shape, layout, place), shape.dim**-0.5
+    inputs, scale = two_inputs(shape, layout.n_tokens, place), shape.dim**-0.5
     kernels: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {_OURS: triton_attention, _VENDOR: vendor_for_dense}
     ours = kernels.get(name, mixed_attention)
     arguments = ([layout], categories, TEMPLATE)
@@ -175,7 +161,7 @@ def _sparse_row(
     seconds = seconds_per_call(lambda turn: ours(*inputs[turn % 2], *arguments, scale=scale), place)
     pairs = sum(count_pairs(layout, category, TEMPLATE).total for category in categories)
     row = {
-        **_facts(shape, layout),
+        **shape.facts(layout),
         "profile": name,
         "ours_ms": 1e3 * seconds,
         "first_ms": 1e3 * first,

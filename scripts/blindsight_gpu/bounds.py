@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from blindsight_gpu.measure import Place, free
-from blindsight_gpu.prompts import LENGTHS, TEMPLATE, Shape, make_layout, row_tables
+from blindsight_gpu.prompts import GEMMA, LENGTHS, QWEN, TEMPLATE, Shape, make_layout, row_tables
 from blindsight_gpu.results import Results, Row
 from blindsight_kernels.triton_prefill import triton_attention
 from shared_profiles import Category, Layout, SinkTemplate
@@ -25,9 +25,7 @@ _ROWS = 48
 
 def run(results: Results, place: Place) -> None:
     """Three launches of each kernel; of the Pallas kernel one, in one head, where it must be simulated."""
-    causal = Shape("Qwen2.5-VL-7B", 28, 4, 128, 2048, False)
-    wide = Shape("64 query heads", 64, 8, 128, 2048, False)
-    both_ways = Shape("Gemma-3-12B", 16, 8, 256, 256, True)
+    causal, wide, both_ways = QWEN, Shape("64 query heads", 64, 8, 128, 2048, False), GEMMA
     length = LENGTHS["300K"]
     if place.dry_run:
         causal, wide, both_ways = (Shape("toy", 4, 2, 16, 24, images) for images in (False, False, True))

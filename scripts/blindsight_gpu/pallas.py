@@ -110,7 +110,7 @@ class Inputs:
         compiled, compile_s = compile_for(attend, *by_row[0])
         seconds = seconds_per_jax_call(lambda turn: compiled(*by_row[turn % 2]), self.place)
         pairs = self.shape.heads * self.layout.n_tokens * (self.layout.n_tokens + 1) // 2
-        return self._facts() | {
+        return self.shape.facts(self.layout) | {
             "kernel": "cuDNN in JAX" if library else "XLA on the CPU",
             "dense_ms": 1e3 * seconds,
             "compile_s": compile_s,
@@ -125,7 +125,7 @@ class Inputs:
         first = call(0)
         seconds = seconds_per_jax_call(call, self.place)
         pairs = sum(count_pairs(self.layout, category, TEMPLATE).total for category in categories)
-        row = self._facts() | {
+        row = self.shape.facts(self.layout) | {
             "profile": name,
             "pallas_ms": 1e3 * seconds,
             "compile_s": compile_s,
@@ -143,16 +143,6 @@ class Inputs:
         if name == "all Intra-Image" or (self.place.dry_run and name != _MIXED):
             row |= self._tokamax()
         return row
-
-    def _facts(self) -> Row:
-        shape = self.shape
-        return {
-            "shape": shape.name,
-            "heads": f"{shape.heads}/{shape.kv_heads}, d={shape.dim}",
-            "tokens": self.layout.n_tokens,
-            "images": self.layout.n_images,
-            "image_tokens": shape.image_tokens,
-        }
 
     def _tflops(self, pairs: int, seconds: float) -> float:
         return 4 * self.shape.dim * pairs / seconds / 1e12

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Iterable
+
 # Estimates for an H200, in seconds: the start of each process, compiling, and the rows that the targets speak of, which
 # come first in every part. The rows behind those use what the parts before leave, or are left out.
 SECONDS = {
@@ -24,3 +27,17 @@ COMMANDS = (
     ("jax_model", "calibration", "tune"),
 )
 BUDGET = 540
+
+
+def some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """What reads an option's value, names separated by commas, and refuses any that is not known."""
+
+    def read(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(
+                f"parts must be among {', '.join(known)}. Got {', '.join(sorted(unknown))}."
+            )
+        return names
+
+    return read

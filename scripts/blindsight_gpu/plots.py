@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from blindsight_gpu.results import Row
+from blindsight_gpu.results import Row, good_rows
 
 SPEED_UP, RATE = "gpu-speed-up.svg", "gpu-tflops.svg"
 _PROFILES = ("all Intra-Image", "all Intra-Image+Sink", "all Sink", "30% Dense, rest Intra-Image+Sink")
@@ -21,7 +21,7 @@ def draw(documents: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
         documents: measured results by part, not of a dry run.
         folder: of the SVG files.
     """
-    rows = {part: _good(documents[part]) for part in _KERNELS if part in documents}
+    rows = {part: good_rows(documents[part]) for part in _KERNELS if part in documents}
     shapes = sorted({row["shape"] for found in rows.values() for row in found if "speed_up" in row}, reverse=True)
     if not shapes:
         return []
@@ -78,7 +78,3 @@ def _lines(rows: dict[str, list[Row]], shape: str, value: Callable[[Row], float 
             elif "kernel" in row:
                 lines.setdefault((_KERNELS[part], f"the bound: {row['kernel']}, dense"), []).append((row["tokens"], y))
     return lines
-
-
-def _good(document: dict[str, Any]) -> list[Row]:
-    return [row for row in document["rows"] if "failure" not in row]

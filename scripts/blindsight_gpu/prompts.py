@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blindsight_gpu.measure import Place, free
+from blindsight_gpu.results import Row
 from shared_profiles import Category, Layout, SinkTemplate
 from shared_profiles.layout import concatenated_ranges
 from shared_profiles.plan import image_tiles, packed_positions
@@ -40,6 +41,16 @@ class Shape:
     dim: int
     image_tokens: int
     bidirectional: bool
+
+    def facts(self, layout: Layout) -> Row:
+        """A row's columns that say what it is of."""
+        return dict(
+            shape=self.name,
+            heads=f"{self.heads}/{self.kv_heads}, d={self.dim}",
+            tokens=layout.n_tokens,
+            images=layout.n_images,
+            image_tokens=self.image_tokens,
+        )
 
 
 QWEN = Shape("Qwen2.5-VL-7B", 28, 4, 128, 2048, False)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from blindsight_gpu.machine import same
+from shared_profiles._atomic import write_atomically
 
 Row = dict[str, Any]
 Cases = dict[str, Callable[[], Row]]
@@ -98,7 +99,7 @@ class Results:
             return
         kind = earlier["dry_run"] == self.document["dry_run"]
         if resume and kind and same(earlier["machine"], self.document["machine"]):
-            self.document["rows"] = [row for row in earlier["rows"] if "failure" not in row]
+            self.document["rows"] = good_rows(earlier)
         else:
             aside = self.path.with_stem(f"{self.path.stem}-{earlier['time'].replace(':', '')}")
             self.path.rename(aside)
@@ -182,12 +183,15 @@ def read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def good_rows(document: dict[str, Any]) -> list[Row]:
+    """The rows that did not fail."""
+    return [row for row in document["rows"] if "failure" not in row]
+
+
 def write(path: Path, document: dict[str, Any]) -> None:
     """Writes a result file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def stop(path: Path, why: str) -> None:

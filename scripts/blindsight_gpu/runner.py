@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from blindsight_gpu.machine import ROOT
-from blindsight_gpu.parts import BUDGET, SECONDS
+from blindsight_gpu.parts import BUDGET, SECONDS, some_of
 from blindsight_gpu.results import NEXT, POISONED, read, stop
 from blindsight_gpu.tables import summary
 
@@ -59,14 +59,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         prog="gpu_check.py", description="Checks and measures the kernels on a GPU, part by part."
     )
 
-    def parts(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := set(names) - {*SECONDS}:
-            raise argparse.ArgumentTypeError(
-                f"parts must be among {', '.join(SECONDS)}. Got {', '.join(sorted(unknown))}."
-            )
-        return names
-
     def seconds(text: str) -> float:
         value = float(text)
         if not 0 < value < math.inf:
@@ -74,7 +66,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         return value
 
     parser.add_argument("--out", type=Path, required=True, help="folder of the result files, gpu-PART.json")
-    parser.add_argument("--part", type=parts, required=True, help=f"some of {','.join(SECONDS)}")
+    parser.add_argument("--part", type=some_of(SECONDS), required=True, help=f"some of {','.join(SECONDS)}")
     parser.add_argument("--resume", action="store_true", help="keep rows of this source, GPU and versions")
     parser.add_argument(
         "--budget-seconds", type=seconds, default=BUDGET, help=f"for all parts together (default {BUDGET})"

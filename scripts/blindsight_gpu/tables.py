@@ -8,7 +8,7 @@ from typing import Any
 
 from blindsight_gpu.parts import COMMANDS, SECONDS
 from blindsight_gpu.plots import RATE, SPEED_UP
-from blindsight_gpu.results import Row, read
+from blindsight_gpu.results import Row, good_rows, read
 
 BEGIN, END = "<!-- gpu-results:begin -->", "<!-- gpu-results:end -->"
 COMMAND = "PYTHONPATH=.:kernels:scripts python scripts/gpu_check.py --out docs/results"
@@ -82,7 +82,7 @@ def section(folder: Path) -> str:
     documents = measured(folder)
     if not documents:
         return _NOT_YET
-    rows = {part: _good(document) for part, document in documents.items()}
+    rows = {part: good_rows(document) for part, document in documents.items()}
     if more := rows.pop("attention_more", []):
         rows["attention"] = rows.get("attention", []) + more
     makers = {"correctness": _correctness, "bounds": _bounds, "attention": _attention, "pallas": _pallas}
@@ -104,10 +104,6 @@ def render(readme: str, folder: Path) -> str:
         raise ValueError(f"the README must hold {BEGIN} and then {END}, once each. Add them where the table belongs.")
     head, rest = readme.split(BEGIN)
     return f"{head}{BEGIN}\n{section(folder)}\n{END}{rest.split(END)[1]}"
-
-
-def _good(document: dict[str, Any]) -> list[Row]:
-    return [row for row in document["rows"] if "failure" not in row]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from blindsight_gpu.attention import vendor_for_dense
 from blindsight_gpu.cycles import candidates, predict, rate
 from blindsight_gpu.measure import Place, first_seconds, free, seconds_per_call
 from blindsight_gpu.prompts import GEMMA, LENGTHS, QWEN, TEMPLATE, Shape, make_layout, mixed, two_inputs
-from blindsight_gpu.results import Cases, Results, Row
+from blindsight_gpu.results import Cases, Results, Row, note_of
 from blindsight_kernels.triton_configurations import Configuration, configuration
 from blindsight_kernels.triton_prefill import triton_attention
 from shared_profiles import Category
@@ -66,7 +66,7 @@ def _tiles_row(shape: Shape, n_tokens: int, tiles: Configuration, place: Place) 
         # A dry run has no compiler to read machine code from: Triton is interpreted there.
         row["predicted_ms"] = None if place.dry_run else 1e3 * predict(shape, layout, category, tiles)
     except Exception as error:  # a prediction that fails costs no measured time
-        row["predicted_note"] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+        row["predicted_note"] = note_of(error)
     return row
 
 

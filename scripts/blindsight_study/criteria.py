@@ -58,9 +58,12 @@ def rankings(summary: Summary, n_random: int) -> Iterator[tuple[str, np.ndarray]
 def at_left(path: HeadPath, left: float) -> np.ndarray:
     """The first choice of a path that leaves no more than this share of what its end saves."""
     end = path.kept(path.categories(len(path)))
-    kept = end + left * (1 - end)
-    steps = (path.categories(step) for step in range(len(path) + 1))
-    return next(c for c in steps if path.kept(c) <= kept * (1 + 1e-12))
+    return within(path, end + left * (1 - end))
+
+
+def within(path: HeadPath, kept: float) -> np.ndarray:
+    """The first choice of a path that keeps no more than this share of the pairs."""
+    return next(c for c in map(path.categories, range(len(path) + 1)) if path.kept(c) <= kept * (1 + 1e-12))
 
 
 def compare(study: Study, six: Asked, n_random: int) -> list[dict[str, Any]]:
@@ -103,8 +106,7 @@ def stability(study: Study, six: Asked) -> dict[str, Any]:
     share = kept_pairs(study.profile.categories, pairs)
 
     def choose(some: Sequence[str]) -> np.ndarray:
-        path = HeadPath(study.subset(some).harm_of("gradient"), pairs)
-        return next(c for c in map(path.categories, range(len(path) + 1)) if path.kept(c) <= share * (1 + 1e-12))
+        return within(HeadPath(study.subset(some).harm_of("gradient"), pairs), share)
 
     whole, found = choose(ids), {}
     for n in (len(ids) // 16, len(ids) // 4, len(ids)):

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from blindsight_cli.evaluation.statistics import INTERVAL
+from blindsight_cli.folders import write_json
 from blindsight_cli.loading import load_checkpoint
 from blindsight_cli.smallvlm import evaluate
 from shared_profiles import Category, Layout, count_model_pairs
-from shared_profiles._atomic import write_atomically
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.profile import Profile
 from torch_blindsight import DivPrune, FastV, Pruner, Seen, patch
@@ -117,7 +117,7 @@ class PruningStudy:
         point = {"pairs": pairs[0] / pairs[1], "image_tokens": tokens[0] / tokens[1], "right": right}
         self.results["points"][key] = point
         print(f"{key}: {right.count('1') / len(right):.2%} at {point['pairs']:.1%} of the pairs", flush=True)
-        write_atomically(self.path, (json.dumps(self.results, indent=1) + "\n").encode())
+        write_json(self.path, self.results)
 
     def _pairs(self, whole: Layout, kept: Layout, layer: int, categories: np.ndarray) -> np.ndarray:
         """Query-key pairs of a pruned prompt, and of the whole one with all heads dense."""

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from blindsight_cli.backends import next_tokens
 from blindsight_cli.backends.torch_backend import TorchBackend
 from blindsight_cli.loading import load_processor
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle
 from blindsight_cli.smallvlm.vocabulary import IMAGE_PAD, START, VIDEO_PAD, VISION_END, VISION_START
 from blindsight_study.page import effect
-from shared_profiles import SPARSE, Category, Layout, SinkTemplate, count_model_pairs, count_pairs
+from shared_profiles import SPARSE, Category, Layout, SinkTemplate, count_pairs
 from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.profile import Profile
@@ -103,26 +104,16 @@ class VideoStudy:
         words = [puzzle.question.answer for puzzle in self.puzzles]
         layouts = [x for batch in batches for x in self._layouts(batch)]
         expected = np.array(self.processor.tokenizer.convert_tokens_to_ids(words))
-        return Asked(batches, self._run(batches, None), expected, layouts)
+        return Asked(batches, next_tokens(self.backend, batches, None), expected, layouts)
 
     def _layouts(self, batch: dict[str, Tensor]) -> list[Layout]:
         return read_layouts(batch, self._info.family, self._info.special)[0]
 
-    def _run(self, batches: Sequence[dict[str, Tensor]], profile: Profile | None) -> np.ndarray:
-        found, ran = zip(*(self.backend.next_token(batch, profile) for batch in batches), strict=True)
-        if profile is not None and profile.categories.any() and set(ran) != {"sparse"}:
-            raise RuntimeError(f"all prefills must have run sparse. Got {sorted(set(ran))}.")
-        return np.concatenate(found)
-
     def measure(self, form: str, profile: Profile) -> dict[str, Any]:
         """What a profile does to the answers in one form."""
         asked = self.asked[form]
-        sparse = self._run(asked.batches, profile)
-        nothing = np.zeros_like(profile.categories)
-        kept, dense = (
-            sum(count_model_pairs(x, c, profile.template).total for x in asked.layouts)
-            for c in (profile.categories, nothing)
-        )
+        sparse = next_tokens(self.backend, asked.batches, profile)
+        kept, dense = (sum(self.backend.facts.pairs(x, way).total for x in asked.layouts) for way in (profile, None))
         return {"kept": kept / dense} | effect(asked.dense, sparse, asked.expected)
 
 

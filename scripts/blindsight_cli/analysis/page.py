@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from importlib import resources
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from blindsight_cli import report
 from blindsight_cli.analysis import pictures
 from blindsight_cli.analysis.measure import Analysis, HeadMap
 from blindsight_cli.report import figures, heads
+from blindsight_cli.report.render import asset, template
 from shared_profiles import Category
 from shared_profiles._atomic import write_atomically
 
@@ -27,15 +26,12 @@ def render(analysis: Analysis, model: report.ModelInfo, prompts: str) -> str:
         model: the model.
         prompts: what it was measured on, in a few words.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {name: getattr(figures, name) for name in _FILTERS}
-    return environment.from_string(_asset("blindsight_cli.analysis", "page.html")).render(
+    filters = {name: getattr(figures, name) for name in _FILTERS}
+    return template(asset("page.html", "analysis"), filters).render(
         analysis=analysis,
         model=model,
         prompts=prompts,
-        style=Markup(_asset("blindsight_cli.report", "style.css") + _asset("blindsight_cli.analysis", "page.css")),
+        style=Markup(asset("style.css") + asset("page.css", "analysis")),
         shares=[pictures.parts(mass).mean(0).tolist() for mass in (analysis.mass, analysis.ablated)],
         strongest=strongest(analysis),
         categories=_categories(analysis, model),
@@ -78,11 +74,11 @@ def _categories(analysis: Analysis, model: report.ModelInfo) -> report.ReportDat
     """The categories as the report's own pictures want them."""
     if analysis.categories is None:
         return None
-    template = analysis.template
+    sinks = analysis.template
     return report.ReportData(
         model,
         tuple(tuple(Category(int(c)).name for c in layer) for layer in analysis.categories),
-        report.TemplateInfo(template.from_start, template.from_end, template.local_block),
+        report.TemplateInfo(sinks.from_start, sinks.from_end, sinks.local_block),
     )
 
 
@@ -92,7 +88,3 @@ def _layers(analysis: Analysis) -> dict[int, list[HeadMap]]:
     for head in analysis.maps:
         layers.setdefault(head.layer, []).append(head)
     return layers
-
-
-def _asset(package: str, name: str) -> str:
-    return resources.files(package).joinpath(name).read_text(encoding="utf-8")

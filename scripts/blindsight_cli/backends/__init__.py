@@ -1,7 +1,7 @@
 """The frameworks that can run a checkpoint, and all that the commands ask of one.
 
-run, demo, calibrate ──► Backend ──┬─► torch_backend ──► torch_blindsight
-                                   └─► jax_backend ────► jax_blindsight
+the commands ──► Backend ──┬─► torch_backend ──► torch_blindsight
+                           └─► jax_backend ────► jax_blindsight
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from blindsight_cli.folders import require_for_torch
-from shared_profiles import Family, Layout, SinkTemplate, SpecialTokens
+from shared_profiles import Category, Family, Layout, PairCounts, SinkTemplate, SpecialTokens, count_model_pairs
 from shared_profiles.budget import Budget
 from shared_profiles.classifier import Thresholds
 from shared_profiles.profile import Fingerprint, Profile
@@ -47,6 +47,13 @@ class Facts:
         rows = zip(prompt["input_ids"].cpu().numpy(), prompt["attention_mask"].cpu().numpy(), strict=True)
         both_ways = self.family.bidirectional
         return [Layout.from_ids(ids, self.special, valid=mask, bidirectional=both_ways) for ids, mask in rows]
+
+    def pairs(self, layout: Layout, profile: Profile | None) -> PairCounts:
+        """Query-key pairs of a prompt's attention, all layers and heads; without a profile all heads dense."""
+        shape = self.fingerprint.n_layers, self.fingerprint.n_heads
+        categories = np.full(shape, Category.DENSE) if profile is None else profile.categories
+        template = SinkTemplate() if profile is None else profile.template
+        return count_model_pairs(layout, categories, template, windows=self.windows)
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,18 @@ class Backend(Protocol):
     def attention_seconds(self, layout: Layout, profile: Profile | None) -> float:
         """Seconds of the attention of all layers, on random queries and keys."""
         ...
+
+
+def next_tokens(model: Backend, prompts: Iterable[Prompt], profile: Profile | None) -> np.ndarray:
+    """Log-probabilities `[N, V]` float32 of the next token of every row of some batches; without a profile dense.
+
+    Raises:
+        RuntimeError: a prefill that should have run sparse did not.
+    """
+    found, ran = zip(*(model.next_token(prompt, profile) for prompt in prompts), strict=True)
+    if profile is not None and profile.categories.any() and set(ran) != {"sparse"}:
+        raise RuntimeError(f"all {len(ran)} prefills must have run sparse. Got {sorted(set(ran))}.")
+    return np.concatenate(found)
 
 
 def load_backend(name: BackendName, folder: Path, *, dtype: str = "auto", device: str | None = None) -> Backend:

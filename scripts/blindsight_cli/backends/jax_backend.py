@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from blindsight_cli.backends import NO_PROFILE, Answer, Facts, Prompt
-from blindsight_cli.loading import check_family
+from blindsight_cli.folders import check_family
 from blindsight_cli.timing import describe_cpu
 from jax_blindsight import Params, Prefilled, calibrate, load, sparse_prefill, write
 from jax_blindsight.attention import attend
@@ -62,15 +62,14 @@ class JaxBackend:
         merge: Sequence[Path] = (),
     ) -> Profile:
         """See `Backend`."""
-        arrays = _InNumPy(prompts)
         return calibrate(
             self.params,
-            arrays,
+            prompts,
             dataset=dataset,
             template=template,
             budget=budget,
             thresholds=thresholds,
-            held_out=held_out if isinstance(held_out, float) else [_in_numpy(x) for x in held_out],
+            held_out=held_out,
             local_block=local_block,
             state=state,
             merge=merge,
@@ -129,24 +128,7 @@ class JaxBackend:
         # Whoever asks for a comparison gets one, however short the prompt.
         how: dict[str, Any] = dict(dense=profile is None, break_even=False, impl=self._impl)
         capacity = prompt["input_ids"].shape[1] + room
-        return params, sparse_prefill(params, _in_numpy(prompt), capacity=capacity, **how)
-
-
-class _InNumPy:
-    """Prompts in NumPy, one at a time."""
-
-    def __init__(self, prompts: Iterable[Prompt]) -> None:
-        self._prompts = prompts
-
-    def __len__(self) -> int:
-        return len(self._prompts)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Any:
-        return map(_in_numpy, self._prompts)
-
-
-def _in_numpy(prompt: Prompt) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in prompt.items()}
+        return params, sparse_prefill(params, prompt, capacity=capacity, **how)
 
 
 def _pick_implementation(params: Params) -> Name:

@@ -12,12 +12,11 @@ from blindsight_cli.analysis import Analysis, analyze, write_page
 from blindsight_cli.analysis.page import strongest
 from blindsight_cli.analysis.pictures import PARTS, layer_strength, offset_label, parts
 from blindsight_cli.errors import ExitCode
-from blindsight_cli.folders import check_family, require_for_torch, require_writable
+from blindsight_cli.folders import check_family, named_or_found, require_for_torch, require_writable
 from blindsight_cli.loading import load_model, load_processor, pick_device
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
 from blindsight_cli.smallvlm.evaluate import CALIBRATION_SEEDS, make_mixed_puzzles, to_inputs
-from shared_profiles.lookup import find_profile
 from shared_profiles.profile import Profile
 from torch_blindsight import fingerprint
 
@@ -67,7 +66,10 @@ def run_analyze(
         raise ValueError(f"{data}: an analysis needs prompts with at least two images. Got none.")
     model = load_model(checkpoint, dtype=dtype, device=pick_device(device))
     processor = load_processor(checkpoint)
-    chosen = _profile(model, checkpoint, profile)
+    print_ = fingerprint(model)
+    chosen, _ = named_or_found(None if profile is None else Profile.load(profile), profile, print_, checkpoint)
+    if chosen is None:
+        note("no profile of this model was found: maps are drawn as if every head were INTRA_IMAGE_SINK")
     prompts: Any
     answers = None
     if data is not None and lines is not None:
@@ -77,7 +79,6 @@ def run_analyze(
         prompts = [{k: v.to(model.device) for k, v in to_inputs(processor, [p]).items()} for p in asked]
         answers, named = processor.tokenizer.convert_tokens_to_ids([p.question.answer for p in asked]), "puzzles"
     analysis = analyze(model, prompts, chosen, answers)
-    print_ = fingerprint(model)
     shape = (print_.n_layers, print_.n_heads, print_.n_kv_heads, print_.head_dim)
     about = report.ModelInfo(
         checkpoint.resolve().name, print_.family, *shape, sum(p.numel() for p in model.parameters())
@@ -85,20 +86,6 @@ def run_analyze(
     write_page(analysis, about, named, out)
     _tell(analysis, out, as_json=as_json)
     return ExitCode.OK
-
-
-def _profile(model: Any, checkpoint: Path, path: Path | None) -> Profile | None:
-    """The profile to draw, None if there is none."""
-    print_ = fingerprint(model)
-    if path is not None:
-        profile = Profile.load(path)
-        profile.require(print_)
-        return profile
-    found = find_profile(print_, str(checkpoint))
-    if found is None:
-        note("no profile of this model was found: maps are drawn as if every head were INTRA_IMAGE_SINK")
-        return None
-    return found[0]
 
 
 def _tell(analysis: Analysis, out: Path, *, as_json: bool) -> None:

@@ -17,9 +17,9 @@ from blindsight_cli.backends import BackendName, load_backend
 from blindsight_cli.commands.profile import category_table
 from blindsight_cli.errors import ExitCode
 from blindsight_cli.evaluation.statistics import least_agreement
-from blindsight_cli.folders import require_writable
+from blindsight_cli.folders import check_family, require_writable
 from blindsight_cli.launched import launched
-from blindsight_cli.loading import check_family, load_processor
+from blindsight_cli.loading import load_processor
 from blindsight_cli.output import note, print_json, results, span
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
 from shared_profiles import SinkTemplate

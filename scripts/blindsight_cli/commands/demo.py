@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -21,11 +19,11 @@ from blindsight_cli import report as reporting
 from blindsight_cli.backends import Backend, BackendName, Prompt, load_backend
 from blindsight_cli.folders import require_writable
 from blindsight_cli.loading import load_processor
-from blindsight_cli.output import results
+from blindsight_cli.output import print_json, results
 from blindsight_cli.smallvlm import evaluate
 from blindsight_cli.smallvlm.puzzles import Puzzle
 from blindsight_cli.timing import describe_cpu, median_pair
-from shared_profiles import Category, Layout, category_mask, count_model_pairs
+from shared_profiles import Category, Layout, category_mask
 from shared_profiles.budget import Budget
 from shared_profiles.profile import Profile
 
@@ -90,7 +88,7 @@ def run_demo(
     timings = _timings(vlm, processor, profile, console)
     data = _assemble(folder, vlm, processor, profile, rows, timings, examples)
     if as_json:
-        print(json.dumps(data.to_json()), flush=True)
+        print_json(data.to_json())
     else:
         _print_tables(console, data)
     reporting.write_report(data, out)  # last: its disk may be full
@@ -195,11 +193,7 @@ def _layout(vlm: Backend, processor: Any, n_images: int) -> Layout:
 
 def _flops(vlm: Backend, processor: Any, profile: Profile, n_images: int) -> reporting.FlopsPoint:
     layout = _layout(vlm, processor, n_images)
-    everything = np.full_like(profile.categories, Category.DENSE)
-    dense, kept = (
-        count_model_pairs(layout, categories, profile.template, windows=vlm.facts.windows)
-        for categories in (everything, profile.categories)
-    )
+    dense, kept = (vlm.facts.pairs(layout, way) for way in (None, profile))
     return reporting.FlopsPoint(
         n_images,
         layout.n_tokens,

@@ -21,14 +21,12 @@ from blindsight_cli.evaluation.overlap import check_overlap
 from blindsight_cli.evaluation.result import FORMAT, VERSION, check_unused, print_summary, summarize
 from blindsight_cli.evaluation.runner import Asking, evaluate
 from blindsight_cli.evaluation.samples import SampleFile
-from blindsight_cli.folders import require_writable
-from blindsight_cli.loading import check_family, load_processor
+from blindsight_cli.folders import check_family, named_or_found, require_writable, write_json
+from blindsight_cli.loading import load_processor
 from blindsight_cli.output import note, print_json
 from blindsight_cli.timing import describe_cpu
-from shared_profiles._atomic import write_atomically
-from shared_profiles.lookup import find_profile
 from shared_profiles.profile import Profile
-from shared_profiles.provenance import installed
+from shared_profiles.provenance import DISTRIBUTION, installed
 
 
 def run_eval(
@@ -96,7 +94,7 @@ def run_eval(
         "provenance": _provenance(model, checkpoint, data, judged, path),
         "samples": file.path.name,
     }
-    write_atomically(out, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_json(out, document)
     if as_json:
         print_json(document)
     else:
@@ -111,16 +109,13 @@ def run_eval(
 
 def _profile(model: Backend, checkpoint: Path, given: Profile | None, path: Path | None) -> tuple[Profile, Path | None]:
     """The profile to judge, and its file."""
-    if given is not None:
-        given.require(model.facts.fingerprint)
-        return given, path
-    found = find_profile(model.facts.fingerprint, str(checkpoint))
-    if found is None:
+    judged, file = named_or_found(given, path, model.facts.fingerprint, checkpoint)
+    if judged is None:
         raise ValueError(
             f"eval needs a profile of this model. Found none. Run `blindsight calibrate {checkpoint} DATA`, or name "
             "one with --profile."
         )
-    return found
+    return judged, file
 
 
 def _identity(
@@ -154,7 +149,7 @@ def _identity(
         "dtype": dtype,
         "device": model.device,
         **asdict(asking),
-        "versions": {name: installed(name) for name in ("blindsight", backend, "transformers", "numpy")},
+        "versions": {name: installed(name) for name in (DISTRIBUTION, backend, "transformers", "numpy")},
     }
 
 

@@ -6,19 +6,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from blindsight_cli.backends import NO_PROFILE, Answer, Backend, BackendName, Prompt, load_backend
 from blindsight_cli.errors import ExitCode
-from blindsight_cli.loading import ask, check_family, load_image, load_processor
+from blindsight_cli.folders import check_family, named_or_found
+from blindsight_cli.loading import ask, load_image, load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.report import figures
 from blindsight_cli.timing import median_pair
-from shared_profiles import Category, Layout, SinkTemplate, count_model_pairs
+from shared_profiles import Layout
 from shared_profiles.collection import of_prompt
-from shared_profiles.lookup import find_profile
 from shared_profiles.measured import divergence_of_one
 from shared_profiles.profile import Profile
 
@@ -89,11 +88,9 @@ def run_question(
     with of_prompt("--question and --image"):
         inputs = ask(processor, pictures, question, model.device)
     session = _Session(model, processor, inputs, max_new_tokens)
-    path = profile
-    if found is not None:
-        found.require(model.facts.fingerprint)
-    elif not dense:
-        found, path = find_profile(model.facts.fingerprint, str(checkpoint)) or (None, None)
+    path = None
+    if not dense:
+        found, path = named_or_found(found, profile, model.facts.fingerprint, checkpoint)
     if compare and found is None:
         raise ValueError(
             f"--compare needs a profile of this model. Found none. Run `blindsight calibrate {checkpoint} DATA`, "
@@ -149,14 +146,9 @@ class _Session:
     def _run(self, mode: str, answer: Answer, seconds: float, profile: Profile | None) -> Run:
         """With its FLOPs: four per query-key pair and element of a head."""
         text = self.processor.batch_decode([answer.ids], skip_special_tokens=True)[0].strip()
-        shape, windows = self.model.facts.fingerprint, self.model.facts.windows
-        everything = np.full((shape.n_layers, shape.n_heads), Category.DENSE)
-        template = SinkTemplate() if profile is None else profile.template
-        dense = count_model_pairs(self.layout, everything, template, windows=windows).total
-        kept = dense
-        if profile is not None and answer.ran == "sparse":
-            kept = count_model_pairs(self.layout, profile.categories, template, windows=windows).total
-        return Run(mode, answer.ran, text, seconds, 4 * shape.head_dim * kept, kept / dense)
+        facts, ran = self.model.facts, profile if answer.ran == "sparse" else None
+        dense, kept = (facts.pairs(self.layout, way).total for way in (None, ran))
+        return Run(mode, answer.ran, text, seconds, 4 * facts.fingerprint.head_dim * kept, kept / dense)
 
 
 def _tell(

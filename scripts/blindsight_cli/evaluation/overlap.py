@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import Tensor
 
 from blindsight_cli.evaluation.items import Item, digest, picture_digest
 from blindsight_cli.prompt_file import PromptLoader, open_images, read_prompts
@@ -84,7 +83,7 @@ def is_data_of(profile: Profile, path: Path, processor: Any) -> bool:
         return False
     ids: set[str] = set()
     for inputs in PromptLoader(telling, path, processor, "cpu"):
-        ids.add(prompt_digest({name: value.numpy() for name, value in inputs.items() if isinstance(value, Tensor)}))
+        ids.add(prompt_digest({name: value.numpy() for name, value in inputs.items()}))
         if len(ids) == provenance.n_prompts:  # a prompt that is there twice is measured once
             break
     return dataset_hash(ids) == provenance.dataset_hash

@@ -16,7 +16,7 @@ from blindsight_cli.evaluation.overlap import Overlap
 from blindsight_cli.evaluation.samples import Arm, Sample, SampleFile
 from blindsight_cli.loading import ask
 from blindsight_cli.prompt_file import open_images
-from shared_profiles import Category, Layout, PairCounts, SinkTemplate, count_model_pairs
+from shared_profiles import Layout
 from shared_profiles.measured import divergence_of_one
 from shared_profiles.profile import Profile
 
@@ -104,15 +104,8 @@ class _Session:
     def _arm(self, item: Item, answer: Answer, layout: Layout, profile: Profile | None) -> Arm:
         text = self.processor.batch_decode([answer.ids], skip_special_tokens=True)[0].strip()
         verdict = item.verdict(text)
-        pairs = self._pairs(layout, profile)
+        pairs = self.model.facts.pairs(layout, profile)
         return Arm(text, verdict, int(verdict == item.expected), answer.ran, pairs.total, pairs.inter)
-
-    def _pairs(self, layout: Layout, profile: Profile | None) -> PairCounts:
-        shape, windows = self.model.facts.fingerprint, self.model.facts.windows
-        if profile is not None:
-            return count_model_pairs(layout, profile.categories, profile.template, windows=windows)
-        everything = np.full((shape.n_layers, shape.n_heads), Category.DENSE)
-        return count_model_pairs(layout, everything, SinkTemplate(), windows=windows)
 
     def _seconds(self, inputs: Prompt, order: Sequence[Profile | None]) -> tuple[float, float]:
         """Seconds of a dense and of a sparse prefill, both just used, in the given order."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from blindsight_cli.report import figures
-from blindsight_cli.report.render import asset
+from blindsight_cli.report.render import asset, template
 
 _PARTS = ("plan", "kernel", "model", "bfloat16", "profile")
 
@@ -20,11 +19,7 @@ def render_parity(document: Mapping[str, Any]) -> str:
     Args:
         document: what `scripts/parity_report.py` writes as `parity.json`; parts that were not asked for may be missing.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"count": figures.count, "size": size}
-    return environment.from_string(asset("parity.html")).render(
+    return template(asset("parity.html"), {"count": figures.count, "size": size}).render(
         document=document,
         machine=document["machine"],
         style=Markup(asset("style.css")),

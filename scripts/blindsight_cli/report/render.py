@@ -10,7 +10,7 @@ import base64
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 
@@ -33,13 +33,10 @@ _FILTERS = ("count", "flops", "nats", "parameters", "percent", "points", "ratio"
 
 def render(data: ReportData) -> str:
     """The report as the text of one HTML file; the same data always give the same text."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {name: getattr(figures, name) for name in _FILTERS} | {"span": span}
     script = asset("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.from_string(asset("template.html")).render(
+    filters = {name: getattr(figures, name) for name in _FILTERS} | {"span": span}
+    return template(asset("template.html"), filters).render(
         data=data,
         style=Markup(asset("style.css")),
         script=Markup(script),
@@ -68,9 +65,18 @@ def write_report(data: ReportData, path: str | os.PathLike[str]) -> None:
     write_atomically(path, render(data).encode())
 
 
-def asset(name: str) -> str:
-    """The text of a file of the report: its style, script or a template."""
-    return resources.files(__package__ or "blindsight_cli.report").joinpath(name).read_text(encoding="utf-8")
+def template(text: str, filters: Mapping[str, Callable[..., str]]) -> jinja2.Template:
+    """A page's template: what is put in is escaped, and what is missing is an error."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= filters
+    return environment.from_string(text)
+
+
+def asset(name: str, package: str = "report") -> str:
+    """The text of a file of the report, or of another page: its style, script or a template."""
+    return resources.files(f"blindsight_cli.{package}").joinpath(name).read_text(encoding="utf-8")
 
 
 def _categories(data: ReportData) -> Iterator[dict[str, Any]]:

@@ -15,11 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from blindsight_cli.arguments import count
-from blindsight_cli.backends import Backend, Prompt, load_backend
+from blindsight_cli.backends import Backend, Prompt, load_backend, next_tokens
 from blindsight_cli.loading import load_processor
 from blindsight_cli.report import AccuracyRow, KindAccuracy
 from blindsight_cli.smallvlm.puzzles import KINDS, Puzzle, make_puzzle
-from shared_profiles import Category, Layout, PairCounts, count_model_pairs
+from shared_profiles import Category
 from shared_profiles.lookup import FILE_NAME
 from shared_profiles.measured import divergence
 from shared_profiles.profile import Profile
@@ -75,21 +75,8 @@ def answer(model: Backend, processor: Any, batches: Sequence[Prompt], profile: P
     Raises:
         RuntimeError: a forward that should have run sparse did not.
     """
-    log_probs, ran = zip(*(model.next_token(batch, profile) for batch in batches), strict=True)
-    if profile is not None and profile.categories.any() and set(ran) != {"sparse"}:
-        raise RuntimeError(f"all {len(batches)} forwards must have run sparse. Got {sorted(set(ran))}.")
-    joined = np.concatenate(log_probs)
-    return Run(joined, tuple(processor.tokenizer.convert_ids_to_tokens(joined.argmax(-1).tolist())))
-
-
-def kept_share(layouts: Sequence[Layout], profile: Profile, windows: Sequence[int | None]) -> float:
-    """Share of dense attention's query-key pairs that a profile keeps over some prompts, all layers and heads."""
-    kept, dense = PairCounts(0, 0, 0, 0), PairCounts(0, 0, 0, 0)
-    for layout in layouts:
-        kept += count_model_pairs(layout, profile.categories, profile.template, windows=windows)
-        nothing_sparse = np.full_like(profile.categories, Category.DENSE)
-        dense += count_model_pairs(layout, nothing_sparse, profile.template, windows=windows)
-    return kept.total / dense.total
+    log_probs = next_tokens(model, batches, profile)
+    return Run(log_probs, tuple(processor.tokenizer.convert_ids_to_tokens(log_probs.argmax(-1).tolist())))
 
 
 def compare(
@@ -123,6 +110,7 @@ def compare(
     kinds = np.array([puzzle.question.kind for puzzle in puzzles])
     kl, agree = divergence(dense.log_probs, sparse.log_probs)
     layouts = [layout for batch in batches for layout in model.facts.layouts(batch)]
+    kept, pairs = (sum(model.facts.pairs(layout, way).total for layout in layouts) for way in (profile, None))
     row = AccuracyRow(
         n_images=counts.pop(),
         n_questions=len(puzzles),
@@ -130,7 +118,7 @@ def compare(
         sparse=float(right[1].mean()),
         agreement=float(agree.mean()),
         kl=max(0.0, float(kl.mean())),
-        kept_flops=kept_share(layouts, profile, model.facts.windows),
+        kept_flops=kept / pairs,
         by_kind=tuple(
             KindAccuracy(kind, int((kinds == kind).sum()), *(float(r[kinds == kind].mean()) for r in right))
             for kind in KINDS

@@ -4,8 +4,8 @@ A *puzzle* is a few pictures, each one coloured shape on a grey noisy ground, an
 
     [red circle] [blue cross] [red square]      "Is the color of images 1 and 3 the same?"  ->  "yes"
 
-Three kinds look at one image (`color`, `shape`) or at all of them (`which`, `count`), two compare images
-(`same color`, `same shape`). The words are plain English; the model's tokenizer drops the stop words.
+Kinds look at one image (`color`, `shape`), at all of them (`which`, `count`), or compare two (`same color`,
+`same shape`). The words are plain English; the model's tokenizer drops the stop words.
 """
 
 from __future__ import annotations
