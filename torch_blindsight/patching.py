@@ -179,7 +179,7 @@ class Handle:
     @torch.compiler.disable  # it reads ids: a model that is compiled as a whole goes on behind it in another graph
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         left = self._leave()
-        padding = lost_padding(left.prefill if left else None, kwargs.get("attention_mask"))
+        padding = lost_padding(left.prefill if left and not args else None, kwargs)  # generate names all
         kwargs = kwargs if padding is None else kwargs | {"attention_mask": padding}
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {}) | arguments.pop("lm_kwargs", {})
