@@ -88,6 +88,26 @@ def test_an_interrupted_forward_leaves_nothing_behind(case):
         assert torch.equal(case.model(**case.inputs).logits, want)
 
 
+def test_an_interrupted_forward_ends_no_other(case):
+    """The interrupted model is called next within a forward of another one."""
+    other, inputs = make_model(case.family, seed=1), make_inputs(case.family, [make_ids(2, seed=1)])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with patch(case.model, case.profile), patch(other, mixed_profile(other, seed=1)):
+        want, alone = case.model(**case.inputs).logits, other(**inputs).logits
+        hook = other.model.language_model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            other(**inputs)
+        hook.remove()
+        within = []
+        hook = case.layer.register_forward_pre_hook(lambda *_: within.append(other(**inputs).logits))
+        assert torch.equal(case.model(**case.inputs).logits, want)
+        assert torch.equal(within[0], alone)
+        hook.remove()
+
+
 def test_a_language_model_in_training_mode_runs_dense(case):
     """Its layers may be computed again in the backward pass, when nobody knows the prompt."""
     dense = case.model(**case.inputs).logits

@@ -221,3 +221,23 @@ def test_padding_after_an_interrupted_prefill(family, where):
         hook.remove()
         assert torch.equal(logits(), want)
         assert handle.report()["forwards"] == {"sparse": 3}
+
+
+@family_names
+@pytest.mark.parametrize("cached", [False, True])
+def test_no_padding_after_an_interrupted_prefill_that_had_some(family, cached):
+    """Ctrl-C between the masks and the first layer; the next prompt, of as many tokens, comes without a mask."""
+    model = double_model(family)
+    padded, whole = (in_double(make_inputs(family, [make_ids(3), make_ids(n, seed=n)])) for n in (2, 3))
+    del whole["attention_mask"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with patch(model, mixed_profile(model)):
+        want = model(**whole).logits
+        hook = model.model.language_model.layers[0].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**padded)
+        hook.remove()
+        assert torch.equal(model(**whole, past_key_values=DynamicCache() if cached else None).logits, want)

@@ -270,15 +270,16 @@ def made_of(mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | Mapping[str,
     return padding
 
 
-def lost_padding(interrupted: Prefill | None, mask: Tensor | Mapping[str, Tensor] | None) -> Tensor | None:
+def lost_padding(interrupted: Prefill | None, arguments: Mapping[str, Any]) -> Tensor | None:
     """The padding `[B, N]` that a forward's mask lacks, because it was made while a sparse prefill seemed in progress.
 
     `generate` makes a static cache's masks before the forward. After a prefill that was interrupted before its layers,
-    by Ctrl-C, it gets those of a sparse one: None.
+    by Ctrl-C, it gets those of a sparse one: None. With any other cache, None is what the caller gave.
     """
-    if interrupted is None or interrupted.layers:
+    static = getattr(arguments.get("past_key_values"), "is_compileable", False)
+    if interrupted is None or interrupted.layers or not static:
         return None
-    return None if _parts(mask) else interrupted.padding
+    return None if _parts(arguments.get("attention_mask")) else interrupted.padding
 
 
 def _parts(mask: Tensor | Mapping[str, Tensor] | None) -> list[Tensor]:

@@ -179,7 +179,7 @@ class Handle:
     @torch.compiler.disable  # it reads ids: a model that is compiled as a whole goes on behind it in another graph
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         left = self._leave()
-        padding = lost_padding(left.prefill if left else None, kwargs.get("attention_mask"))
+        padding = lost_padding(left.prefill if left and not args else None, kwargs)  # generate names all
         kwargs = kwargs if padding is None else kwargs | {"attention_mask": padding}
         arguments = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         arguments |= arguments.pop("kwargs", {}) | arguments.pop("lm_kwargs", {})
@@ -228,14 +228,14 @@ class Handle:
             )
             self._devices = devices
 
-    def _leave(self) -> _Forward | None:
+    def _leave(self, ended: bool = False) -> _Forward | None:
         """This model's forward in progress, which ends, and with it whatever it called; None if there is none.
 
-        An interrupted one (Ctrl-C) never comes to its hook, and is found here at the next.
+        An interrupted one (Ctrl-C) never comes to its hook, and is found here at the next; later ones may go on.
         """
         running = _running.get()
         mine = next((i for i, forward in enumerate(running) if forward.handle is self), len(running))
-        around = running[:mine]
+        around = running[:mine] if ended else (*running[:mine], *running[mine + 1 :])
         _running.set(around)
         if around:
             announce(around[-1].prefill, around[-1].handle.info.config)
@@ -245,7 +245,7 @@ class Handle:
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        forward = self._leave()
+        forward = self._leave(ended=True)
         if output is None:  # the forward raised
             return
         if forward is None:
