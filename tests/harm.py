@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from shared_profiles import SinkTemplate
 from torch_blindsight.gradient import GradientMode, measure_with_gradient
+from torch_blindsight.handle import Handle
 from torch_blindsight.implementations import implementation
 from torch_blindsight.models import inspect_model
-from torch_blindsight.patching import Handle
 from torch_blindsight.residual import ResidualStream
 
 SMALL = SinkTemplate((0, 1), (1, 2), 8)

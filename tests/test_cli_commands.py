@@ -358,7 +358,7 @@ def test_doctor_sees_a_patch_that_does_not_take(monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise Dense("on purpose")
 
-    monkeypatch.setattr("torch_blindsight.patching.worth_it", refuse)
+    monkeypatch.setattr("torch_blindsight.handle.worth_it", refuse)
     code, found = checks()
     assert code == 1 and "on purpose" in found["a patch takes"]["detail"] and found["a patch takes"]["advice"]
 

@@ -317,7 +317,7 @@ def test_foreign_and_damaged_profiles(checkpoint: Path, prompts: Path, sparse_pr
 def test_a_patch_that_transformers_does_not_take_is_an_incompatibility(
     checkpoint: Path, prompts: Path, sparse_profile: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("torch_blindsight.patching.registered", lambda: False)
+    monkeypatch.setattr("torch_blindsight.handle.registered", lambda: False)
     result = blindsight("run", checkpoint, *pictures(prompts), "--question", QUESTION, "--profile", sparse_profile)
     assert (result.exit_code, result.stdout) == (3, "") and "blindsight doctor" in result.stderr
 

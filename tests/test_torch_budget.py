@@ -29,9 +29,9 @@ from tiny_models import (
 )
 from torch_blindsight import attention, calibrate, calibration, fingerprint, held_out
 from torch_blindsight.gradient import GradientMode, measure_with_gradient
+from torch_blindsight.handle import Handle
 from torch_blindsight.implementations import implementation
 from torch_blindsight.models import inspect_model
-from torch_blindsight.patching import Handle
 from torch_blindsight.residual import ResidualStream
 from torch_blindsight.sinks import measure_sinks
 

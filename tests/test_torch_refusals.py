@@ -198,7 +198,7 @@ def test_the_fingerprint_knows_adapters(model, family):
 def test_the_page_of_limits_lists_every_reason_to_run_dense():
     """And no other: those of the patch, of JAX, and of layouts, which both ask."""
     root = Path(__file__).resolve().parents[1]
-    files = [f"torch_blindsight/{name}.py" for name in ("modes", "observe", "patching", "prompts")]
+    files = [f"torch_blindsight/{name}.py" for name in ("handle", "modes", "observe", "prompts")]
     code = "".join((root / name).read_text(encoding="utf-8") for name in (*files, "jax_blindsight/prefill.py"))
     known = {"fewer than two images", NO_IMAGE_TOKENS}
     known |= {*re.findall(r'Dense\("([^"]+)"', code), *re.findall(r'"dense: ([\w ]+)"', code)}

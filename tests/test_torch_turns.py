@@ -25,8 +25,9 @@ from tiny_models import (
     positions_of,
 )
 from torch_blindsight import prompts
+from torch_blindsight.known_tokens import Chunk, note_tokens
 from torch_blindsight.models import inspect_model
-from torch_blindsight.prompts import Chunk, Dense, note_tokens, read_layouts
+from torch_blindsight.prompts import Dense, read_layouts
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,9 @@ from tiny_models import (
     qwens,
 )
 from tiny_videos import ROWS, make_film_inputs
+from torch_blindsight.known_tokens import Chunk, note_tokens
 from torch_blindsight.models import inspect_model
-from torch_blindsight.prompts import Chunk, Dense, note_tokens, read_layouts
+from torch_blindsight.prompts import Dense, read_layouts
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

@@ -28,11 +28,11 @@ from shared_profiles.split import HELD_OUT, Given, Split, require_held_out
 from shared_profiles.state_files import one_writer
 from shared_profiles.statistics import PromptStatistics
 from torch_blindsight.gradient import GradientMode, measure_with_gradient
+from torch_blindsight.handle import HANDLE, Handle
 from torch_blindsight.held_out import HeldOut, moved
 from torch_blindsight.implementations import Implementation, Name, implementation
 from torch_blindsight.models import PACKAGES, ModelInfo, evaluating, fingerprint, inspect_model
 from torch_blindsight.observe import ObserveMode, Observer
-from torch_blindsight.patching import HANDLE, Handle
 from torch_blindsight.processes import joined_processes
 from torch_blindsight.prompts import Dense, read_layouts
 from torch_blindsight.residual import ResidualStream

@@ -20,10 +20,10 @@ from shared_profiles.processes import ALONE, Processes
 from shared_profiles.profile import Profile
 from shared_profiles.split import require_held_out
 from torch_blindsight.attention import AttendLayer
+from torch_blindsight.handle import Handle
 from torch_blindsight.implementations import Implementation
 from torch_blindsight.models import ModelInfo
 from torch_blindsight.modes import Mode, SparseMode
-from torch_blindsight.patching import Handle
 from torch_blindsight.prompts import next_token_logits
 
 

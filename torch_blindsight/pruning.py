@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from shared_profiles import Layout
 from torch_blindsight.attention import AttendLayer, Prefill, current_prefill
+from torch_blindsight.known_tokens import length_of
 from torch_blindsight.models import ModelInfo, decoder_layers
 from torch_blindsight.modes import SparseMode
-from torch_blindsight.prompts import Dense, holds_pictures, length_of, worth_it
+from torch_blindsight.prompts import Dense, holds_pictures, worth_it
 
 REFUSAL = (
     "a patch with a pruner takes prompts with images one at a time, whole, unpadded, on a dynamic cache. Got: {}. "

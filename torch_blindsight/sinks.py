@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from shared_profiles import Category, Layout, SinkTemplate
 from shared_profiles.sink_statistics import REACH, SinkMass, SinkRows
 from torch_blindsight.attention import AttendLayer, Prefill
+from torch_blindsight.handle import Handle
 from torch_blindsight.implementations import Attend, Name, implementation
 from torch_blindsight.models import ModelInfo, evaluating, inspect_model
 from torch_blindsight.modes import Mode
-from torch_blindsight.patching import Handle
 from torch_blindsight.prompts import Dense, next_token_logits
 
 # Scores of all heads that exist at once; on a GPU more, in fewer launches (estimates: 0.5 GiB in float32).
