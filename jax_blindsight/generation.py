@@ -44,7 +44,7 @@ def decode_step(params: Params, tokens: Array | np.ndarray | Sequence[int], cach
     Raises:
         ValueError: `tokens` have a wrong shape or dtype or are no ids, or the cache is full or consumed.
     """
-    tokens = tokens if isinstance(tokens, Array) else np.asarray(tokens)
+    tokens = tokens if isinstance(tokens, Array) else np.array(tokens)  # the cache keeps them, the caller may not
     if tokens.shape != (cache.batch,) or tokens.dtype.kind not in "iu":
         raise ValueError(
             f"tokens must be integers [B], one for each of the {cache.batch} rows. Got {tokens.dtype} {tokens.shape}."

@@ -260,6 +260,16 @@ def test_options_of_generate(options, message):
         generate(twin(QWEN).params, prompt(QWEN), **dict(max_new_tokens=4) | options)
 
 
+def test_a_buffer_of_tokens_may_be_written_over():
+    """As a loop does that takes the likeliest into one array; the next turn's picture begins with what was written."""
+    params, inputs = twin(QWEN).params, prompt(QWEN, 1)
+    buffer = np.array([START])
+    cache = decode_step(params, buffer, sparse_prefill(params, prompt(QWEN)).cache)[1]
+    buffer[:] = 9
+    picture = {name: x[:, 5:] if x.shape == inputs["input_ids"].shape else x for name, x in inputs.items()}
+    assert sparse_prefill(params, picture, cache=cache).how == "sparse"
+
+
 def test_placeholders_that_the_model_wrote_are_text(cache):
     special = twin(QWEN).params.config.special
     written = replace(cache, written=(np.array([IMAGE]), jnp.array([VIDEO]), np.array([START])))
