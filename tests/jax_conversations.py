@@ -38,8 +38,8 @@ class Told:
         left = n - len(closing)
         for n_words, picture in self.pictures:
             picture = Picture((1, 4, 4), seed=picture.seed) if row.family == "gemma3" else picture
-            opens = row.marks[-1:] == [START] and not closing and not items and not n_words  # before this turn
-            more = [*words(rng, n_words), *[START] * (not opens), picture, END]
+            is_open = row.marks[-1:] == [START] and not items  # by the turn before, or by what was written
+            more = [picture, END] if is_open else [*words(rng, n_words), START, picture, END]
             if len(flatten(more)) <= left:
                 items += more
                 left -= len(flatten(more))

@@ -28,9 +28,9 @@ from shared_profiles.profile import Profile
 from tiny_jax import twin
 from tiny_models import END, FAMILIES, IMAGE, START, VIDEO, mixed_profile
 
-WIDTHS = (64, 64, 110, 1)  # of first prompts
+WIDTHS = (64, 40, 40, 110, 1)  # of first prompts
 ROOMY = 192  # slots of some caches, as of a prompt of 64 tokens whose capacity nobody stated; the others have 128
-TURNS = (25, 45, 3, 0)
+TURNS = (25, 45, 3, 0)  # 0: all slots that are left
 PICTURES = [  # Gemma's are all alike
     Picture((1, 3, 4)),
     Picture((1, 2, 3), seed=1),
@@ -71,8 +71,11 @@ masks = st.sampled_from(["of the turn", "of all", "none"])
 FIRST = dict(tells=tells, width=st.sampled_from(WIDTHS), short=columns, offsets=columns, roomy=st.booleans())
 HOW = dict(name=names, dense=seldom, all_logits=st.sampled_from([True, True, False]))
 TURN = dict(tells=tells, n=st.sampled_from(TURNS), mask=masks) | HOW
-ANSWER = dict(limit=st.integers(1, 5), every=st.sampled_from([0, 2, 4]))
-TOKENS = (WORD, 95, 0, START, END, IMAGE, VIDEO)
+ANSWER = dict(limit=st.sampled_from([4, 5, 2, 1]), every=st.sampled_from([2, 4, 0]))
+SAMPLING = dict(temperature=st.sampled_from([0.0, 0.0, 2.0]), seed=st.integers(0, 3))
+said = st.fixed_dictionaries(ANSWER | SAMPLING)
+TOKENS = (WORD, START, END, IMAGE, VIDEO, START, 0)
+steps = st.lists(st.tuples(*[st.sampled_from(TOKENS)] * 3), max_size=3)
 copies = st.sampled_from(["deepcopy", "arrays", "host", "pickle"])
 
 
@@ -135,10 +138,17 @@ class Conversations(RuleBasedStateMachine):
         self.all.append(talk)
         return talk
 
-    @initialize(target=talks, first=st.fixed_dictionaries(FIRST | HOW), second=st.fixed_dictionaries(TURN))
-    def begin_in_pieces(self, first, second):
+    @initialize(
+        target=talks, first=st.fixed_dictionaries(FIRST | HOW), said=steps | said, turn=st.fixed_dictionaries(TURN)
+    )
+    def begin_and_go_on(self, first, said, turn):
+        """Two pieces, or two turns with something said in between."""
         talk = self.begin(**first)
-        self.go_on(talk, **second)
+        if isinstance(said, dict):
+            self.answer(talk, **said)
+        else:
+            self.decode(talk, said, "mixed", np.array)
+        self.go_on(talk, **turn)
         return talk
 
     @rule(talk=talks, **TURN)
@@ -160,7 +170,7 @@ class Conversations(RuleBasedStateMachine):
 
     @rule(
         talk=talks,
-        steps=st.lists(st.tuples(*[st.sampled_from(TOKENS)] * 3), min_size=1, max_size=4),
+        steps=steps,
         name=names,
         kind=st.sampled_from([np.array, jnp.array, list]),
     )
@@ -179,7 +189,7 @@ class Conversations(RuleBasedStateMachine):
             talk.goes_on(after, 1, logits)
             talk.found += [(b, len(row.ids) - 1, np.asarray(logits)[b]) for b, row in enumerate(talk.rows)]
 
-    @rule(talk=talks, **ANSWER, temperature=st.sampled_from([0.0, 0.0, 2.0]), seed=st.integers(0, 3))
+    @rule(talk=talks, **ANSWER, **SAMPLING)
     def answer(self, talk, limit, every, temperature, seed):
         """Up to the last slot, every so-many-th token of the vocabulary ending a row; then its last tokens are read."""
         if talk.logits is None or any(row.is_cut for row in talk.rows):
