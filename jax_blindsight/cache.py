@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 
+from jax_blindsight.params import Params
 from jax_blindsight.tokens import Tokens
 from shared_profiles import SpecialTokens
 
@@ -26,7 +27,9 @@ WRITTEN_PLACEHOLDER = -1
 class Cache:
     """Keys and values of the tokens so far. `sparse_prefill` makes it; it and `decode_step` go on from it.
 
-    Whoever goes on from a cache consumes it: its buffers become those of the returned one.
+    Whoever goes on from a cache consumes it: its buffers become those of the returned one. To go on from one twice,
+    copy it first, by `copy.deepcopy`. Calls that refuse what they are given consume nothing; a `write` that runs out of
+    slots has.
 
     Attributes:
         keys, values: one array per layer, `[B, K, S, D]`, rotary position applied; slots from `length` on are unset.
@@ -69,16 +72,30 @@ class Cache:
         ids[np.isin(ids, special.placeholders)] = WRITTEN_PLACEHOLDER
         return self.prefilled.followed_by(Tokens.text(ids), special)
 
-    def require_room(self, n: int) -> None:
-        """Demands that `n` more tokens can be written.
+    def require_room(self, params: Params, n: int) -> None:
+        """Demands that a model can write `n` more tokens.
 
         Raises:
-            ValueError: the cache is full, or was consumed.
+            ValueError: the cache is full, was consumed, lies on the host, or is of another model.
         """
-        if self.keys[0].is_deleted():
+        arrays = *self.keys, *self.values
+        if not all(isinstance(array, jax.Array) for array in arrays):
+            raise ValueError(
+                "keys and values must be arrays of JAX. Got others, as jax.device_get makes them. Go on from "
+                "dataclasses.replace(cache, keys=jax.device_put(cache.keys), values=jax.device_put(cache.values))."
+            )
+        if any(array.is_deleted() for array in arrays):  # one that NumPy looks at is left
             raise ValueError(
                 "a cache can be gone on from once. Got one that was consumed already: use the cache that "
                 "sparse_prefill or decode_step returned last."
+            )
+        text, table = params.config.text, params.weights["decoder"]["embed_tokens"]["embedding"]
+        wanted = text.n_layers, text.n_kv_heads, text.head_dim, table.dtype.name
+        given = len(self.keys), self.keys[0].shape[1], self.keys[0].shape[3], self.keys[0].dtype.name
+        if given != wanted:
+            raise ValueError(
+                "the cache must be of this model, layers, kv heads, head dimension and dtype being "
+                f"{wanted}. Got one of {given}. Go on with the params that it was made with."
             )
         if self.length + n > self.capacity:
             raise ValueError(

@@ -42,9 +42,10 @@ def decode_step(params: Params, tokens: Array | np.ndarray | Sequence[int], cach
         Logits of the next token, `[B, V]` float32, and the cache to go on with.
 
     Raises:
-        ValueError: `tokens` have a wrong shape or dtype or are no ids, or the cache is full or consumed.
+        ValueError: `tokens` have a wrong shape or dtype or are no ids, or the cache is full, consumed, on the host or
+            of another model.
     """
-    tokens = tokens if isinstance(tokens, Array) else np.asarray(tokens)
+    tokens = tokens if isinstance(tokens, Array) else np.asarray(tokens).copy()  # the caller may reuse theirs
     if tokens.shape != (cache.batch,) or tokens.dtype.kind not in "iu":
         raise ValueError(
             f"tokens must be integers [B], one for each of the {cache.batch} rows. Got {tokens.dtype} {tokens.shape}."
@@ -52,7 +53,7 @@ def decode_step(params: Params, tokens: Array | np.ndarray | Sequence[int], cach
     vocabulary = params.config.text.vocab_size
     if isinstance(tokens, np.ndarray) and ((tokens < 0) | (tokens >= vocabulary)).any():
         raise ValueError(f"tokens must be in [0, {vocabulary}), the model's vocabulary. Got {tokens.tolist()!s:.200}.")
-    cache.require_room(1)
+    cache.require_room(params, 1)
     rows = np.stack([cache.next_position, cache.prefilled.start]).astype(np.int32)
     arrays = tokens, rows, np.int32(cache.length), cache.keys, cache.values
     logits, keys, values = _step(params.weights, *arrays, config=params.config, mesh=params.mesh)

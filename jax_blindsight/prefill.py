@@ -113,7 +113,8 @@ def sparse_prefill(
 
     Raises:
         ValueError: `inputs` are malformed (see `read_inputs`) or do not fit into the cache or the capacity; the cache
-            was consumed, or a capacity is given beside it; a profile is needed and there is none; an unknown `impl`.
+            was consumed, lies on the host or is of another model, or a capacity is given beside it; a profile is needed
+            and there is none; an unknown `impl`.
         NotImplementedError, ImportError: the Pallas kernel cannot serve this GPU, dtype, head dimension or jax.
     """
     config, mesh = params.config, params.mesh
@@ -128,7 +129,7 @@ def sparse_prefill(
             raise ValueError(
                 f"a filled cache keeps its capacity of {cache.capacity}. Got capacity={capacity}. Leave it out."
             )
-        cache.require_room(n)
+        cache.require_room(params, n)
         tokens, q_start = cache.tokens(config.special).followed_by(prompt.tokens, config.special), cache.length
         slots = cache.capacity
     layouts = tokens.layouts(config)

@@ -226,9 +226,10 @@ def why_dense(layouts: Sequence[Layout], q_start: int) -> str | None:
         layouts: of its rows, the cache included.
         q_start: position of the first query.
     """
-    if all(layout.n_images < 2 for layout in layouts):
+    several = [layout for layout in layouts if layout.n_images >= 2]  # the others run dense whatever is new in them
+    if not several:
         return "fewer than two images"
-    if all(layout.n_images == 0 or layout.images[-1, 2] <= q_start for layout in layouts):
+    if all(layout.images[-1, 2] <= q_start for layout in several):
         return NO_IMAGE_TOKENS
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from tiny_jax import generate, in_numpy, sparse_prefill, twin
 from tiny_models import END, IMAGE, IMAGE_TOKENS, START, VIDEO, make_ids, make_inputs, make_video_inputs
 
 QWEN, GEMMA = "qwen2_5_vl", "gemma3"
+TURN = dict(input_ids=np.array([[20, 21]]))
 
 
 def prompt(family, n_images=2, **options):
@@ -258,6 +260,52 @@ def test_decode_steps_refuse_what_is_not_one_token_a_row(cache):
 def test_options_of_generate(options, message):
     with pytest.raises(ValueError, match=message):
         generate(twin(QWEN).params, prompt(QWEN), **dict(max_new_tokens=4) | options)
+
+
+def test_a_consumed_cache_is_known_while_numpy_looks_at_a_part_of_it():
+    """JAX leaves that part, and frees the others."""
+    params = twin(QWEN).params
+    cache = sparse_prefill(params, prompt(QWEN)).cache
+    looked_at = np.asarray(cache.keys[0])
+    decode_step(params, [9], cache)
+    for go_on in (partial(decode_step, params, [9], cache), partial(sparse_prefill, params, TURN, cache=cache)):
+        with pytest.raises(ValueError, match="consumed already"):
+            go_on()
+    assert np.isfinite(looked_at).all()
+
+
+def test_a_cache_on_the_host_is_refused_until_it_is_back():
+    params = twin(QWEN).params
+    cache = sparse_prefill(params, prompt(QWEN)).cache
+    there = replace(cache, **jax.device_get(dict(keys=cache.keys, values=cache.values)))
+    for go_on in (partial(decode_step, params, [9], there), partial(sparse_prefill, params, TURN, cache=there)):
+        with pytest.raises(ValueError, match=r"arrays of JAX.*keys=jax.device_put\(cache.keys\)"):
+            go_on()
+    back = replace(there, keys=jax.device_put(there.keys), values=jax.device_put(there.values))
+    np.testing.assert_array_equal(*(decode_step(params, [9], x)[0] for x in (back, cache)))
+
+
+def test_a_cache_of_another_model_is_refused_and_stays_as_it_is():
+    """The first layer had been written, and so consumed, before the second or its dtype did not fit."""
+    params = twin(QWEN).params
+    narrow = replace(params, weights=jax.tree.map(lambda x: x.astype(jnp.bfloat16), params.weights))
+    cache = sparse_prefill(params, prompt(QWEN)).cache
+    shorter = replace(cache, keys=cache.keys[:2], values=cache.values[:2])
+    for other, given in ((narrow, cache), (params, shorter)):
+        for go_on in (partial(decode_step, other, [9], given), partial(sparse_prefill, other, TURN, cache=given)):
+            with pytest.raises(ValueError, match=r"the cache must be of this model.*with the params that it was made"):
+                go_on()
+    assert sparse_prefill(params, TURN, cache=cache).cache.length == cache.length + 2
+
+
+def test_a_buffer_of_tokens_may_be_written_over():
+    """As a loop does that takes the likeliest into one array; the next turn's picture begins with what was written."""
+    params, inputs = twin(QWEN).params, prompt(QWEN, 1)
+    buffer = np.array([START])
+    cache = decode_step(params, buffer, sparse_prefill(params, prompt(QWEN)).cache)[1]
+    buffer[:] = 9
+    picture = {name: x[:, 5:] if x.shape == inputs["input_ids"].shape else x for name, x in inputs.items()}
+    assert sparse_prefill(params, picture, cache=cache).how == "sparse"
 
 
 def test_placeholders_that_the_model_wrote_are_text(cache):

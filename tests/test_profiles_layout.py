@@ -221,6 +221,8 @@ def test_a_prefill_runs_dense_only_where_no_row_has_anything_to_save():
     assert why_dense([none, one], 0) == "fewer than two images"
     for behind in (14, 15, 19):
         assert why_dense([two], behind) == why_dense([none, two], behind) == NO_IMAGE_TOKENS
+    first_image = Layout(20, 0, 20, as_rows([(15, 16, 18, 19)]))  # new, but nothing to save in it
+    assert why_dense([two, first_image], 15) == NO_IMAGE_TOKENS
     later = Layout(20, 0, 20, as_rows([(2, 3, 5, 6), (9, 10, 18, 19)]))
     assert why_dense([two, later], 14) is None
 
