@@ -34,7 +34,7 @@ from tiny_models import END, FAMILIES, IMAGE, START, VIDEO, make_model, mixed_pr
 from torch_blindsight import fingerprint
 
 CAPACITY = 400  # tokens of a static cache
-SETTINGS = settings(max_examples=12, stateful_step_count=25)
+SETTINGS = settings(max_examples=20, stateful_step_count=25)
 LONGEST = 120  # tokens after which a conversation does not go on
 PROFILES = ("mixed", "other", "dense")
 MODES = (
@@ -149,8 +149,7 @@ class Conversations(RuleBasedStateMachine):
             "training mode": self.models[c.seed].training,
             "all heads are Dense": not handle.profile.categories.any(),
             "fewer than two images": max(images) < 2,
-            # Rows with fewer are dense anyway.
-            "no image tokens among the queries": not (c.ids[np.array(images) > 1, past:] == IMAGE).any(),
+            "no image tokens among the queries": not (c.ids[:, past:] == IMAGE).any(),
             "padding inside a row": any(len(runs(row)) > 1 for row in c.real),
             "placeholders behind the first prompt that mark no image": past > 0
             and not all(map(well_formed, c.ids, c.real)),
@@ -282,12 +281,14 @@ class Conversations(RuleBasedStateMachine):
     def fork(self, c):
         return c.fork()
 
-    @rule(c=talks, share=st.sampled_from([0.0, 0.3, 0.6, 0.8, 0.9, 0.95]))
-    def crop(self, c, share):
+    @rule(c=talks, share=st.sampled_from([0.0, 0.3, 0.6, 0.8, 0.9, 0.95]), row=text)
+    def crop(self, c, share, row):
+        """Back, and on differently."""
         stop = c.uncut(int(c.n * share))
         if type(c.cache) is DynamicCache and not any(layer.is_sliding for layer in c.cache.layers) and stop < c.n:
             c.cache.crop(stop - c.n)
             c.cut(stop)
+            self.say(c, [row] * 3, True, (), "plain")
 
     @rule(
         c=talks,
@@ -347,7 +348,7 @@ class Conversations(RuleBasedStateMachine):
         mode=modes,
     )
     def interrupt(self, c, rows, where, error, mode):
-        """A forward that does not end. Its cache is given up where something was written to it."""
+        """A forward that does not end, and another. Its cache is given up where something was written to it."""
         if c.n >= LONGEST:
             return
 
@@ -372,6 +373,7 @@ class Conversations(RuleBasedStateMachine):
                 c.cache = backup.cache
         finally:
             hook.remove()
+        self.say(c, rows, True, (), mode)
 
     @rule(c=talks, other=talks, rows=turns, more=turns, mode=modes)
     def meanwhile(self, c, other, rows, more, mode):
