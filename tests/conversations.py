@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import Cache
 
+import by_masks
 from shared_profiles import Category, Layout
 from shared_profiles.masks import category_mask
 from shared_profiles.profile import Profile
@@ -31,23 +32,11 @@ from tiny_models import END, IMAGE, PAD, START, make_model
 GRIDS = {"1": (1, 4, 4), "2": (1, 4, 8), "3": (1, 8, 8)}
 
 
-def attention_by_masks(module, query, key, value, attention_mask, *, allowed, scaling, **_):
-    """Plain softmax attention over the keys that `allowed`, `[L, B, H, N, N]`, names."""
-    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling  # [B, H, N, N]
-    weights = scores.masked_fill(~allowed[module.layer_idx], -torch.inf).softmax(-1)
-    return (weights @ value).transpose(1, 2), None
-
-
-AttentionInterface.register("by_masks", attention_by_masks)
-AttentionMaskInterface.register("by_masks", lambda *_, **__: None)
-
-
 @cache
 def judge(family: str, seed: int) -> Any:
-    """The model of this seed in float64, whose attention is `attention_by_masks`."""
+    """The model of this seed in float64, whose attention is that of `by_masks`."""
     model = make_model(family, seed).double()
-    model.set_attn_implementation({"text_config": "by_masks"})
+    model.set_attn_implementation({"text_config": by_masks.NAME})
     return model
 
 

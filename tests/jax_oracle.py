@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AttentionInterface
 
+import by_masks
 from jax_blindsight.config import ModelConfig
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from shared_profiles.profile import Profile
@@ -155,21 +155,10 @@ def masks_of(config: ModelConfig, row: Row) -> list[np.ndarray]:
     return masks
 
 
-def _attend_by_masks(module: Any, q: Any, k: Any, v: Any, mask: Any, *, scaling: float, masks: Any, **_: Any) -> Any:
-    """Plain attention, by the masks of the layer alone: q `[1, H, N, D]`, k and v `[1, K, N, D]`."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * scaling
-    weights = scores.masked_fill(~torch.tensor(masks[module.layer_idx]), -torch.inf).softmax(dim=-1)
-    return (weights @ v).transpose(1, 2), None
-
-
-AttentionInterface.register("by_masks", _attend_by_masks)
-
-
 @contextmanager
 def _by_masks(model: Any) -> Iterator[None]:
     config = model.config.text_config
-    before, config._attn_implementation = config._attn_implementation, "by_masks"
+    before, config._attn_implementation = config._attn_implementation, by_masks.NAME
     try:
         yield
     finally:
@@ -199,7 +188,7 @@ def logits_of(model: Any, config: ModelConfig, row: Row) -> np.ndarray:
         hidden = decoder(
             inputs_embeds=embedded,
             position_ids=positions[0] if row.family == "gemma3" else positions,
-            masks=masks_of(config, row),
+            allowed=masks_of(config, row),
             use_cache=False,
         ).last_hidden_state
         return model.lm_head(hidden)[0].numpy()

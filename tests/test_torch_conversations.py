@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, multiple, rule, run_state_machine_as_test
 from transformers import DynamicCache, StaticCache
@@ -34,18 +34,11 @@ from tiny_models import END, FAMILIES, IMAGE, START, VIDEO, make_model, mixed_pr
 from torch_blindsight import fingerprint
 
 CAPACITY = 400  # tokens of a static cache
-SETTINGS = settings(max_examples=20, stateful_step_count=25)
+# To shrink a failure takes minutes: add Phase.shrink for that.
+SETTINGS = settings(max_examples=40, stateful_step_count=25, phases=[Phase.explicit, Phase.generate])
 LONGEST = 120  # tokens after which a conversation does not go on
 PROFILES = ("mixed", "other", "dense")
-MODES = (
-    "plain",
-    "in inference mode",
-    "in a thread",
-    "without a mask",
-    "without types",
-    "embedded",
-    "past the patch",
-)
+MODES = "plain", "in inference mode", "in a thread", "without a mask", "without types", "embedded", "past the patch"
 
 talks = Bundle("talks")
 seeds = st.integers(0, 1)
@@ -149,7 +142,9 @@ class Conversations(RuleBasedStateMachine):
             "training mode": self.models[c.seed].training,
             "all heads are Dense": not handle.profile.categories.any(),
             "fewer than two images": max(images) < 2,
-            "no image tokens among the queries": not (c.ids[:, past:] == IMAGE).any(),
+            "no image tokens among the queries": not any(
+                (row[past:] == IMAGE).any() for row, n in zip(c.ids, images, strict=True) if n > 1
+            ),
             "padding inside a row": any(len(runs(row)) > 1 for row in c.real),
             "placeholders behind the first prompt that mark no image": past > 0
             and not all(map(well_formed, c.ids, c.real)),
@@ -233,15 +228,7 @@ class Conversations(RuleBasedStateMachine):
     def first(self, cache, rows):
         return self.begin(0, cache, rows, True, (), "plain")
 
-    @rule(
-        target=talks,
-        seed=seeds,
-        cache=st.none() | caches,
-        rows=prompts,
-        left=st.booleans(),
-        cuts=cuts,
-        mode=modes,
-    )
+    @rule(target=talks, seed=seeds, cache=st.none() | caches, rows=prompts, left=st.booleans(), cuts=cuts, mode=modes)
     def begin(self, seed, cache, rows, left, cuts, mode):
         """A prompt, perhaps in pieces; with no cache that is all."""
         config = self.models[seed].config
@@ -294,24 +281,27 @@ class Conversations(RuleBasedStateMachine):
         c=talks,
         method=st.sampled_from(["reorder_cache", "batch_select_indices", "batch_repeat_interleave"]),
         chosen=st.lists(st.integers(0, 2), min_size=1, max_size=3),
+        row=text,
     )
-    def rearrange(self, c, method, chosen):
-        """Other rows, or the same in another order."""
+    def rearrange(self, c, method, chosen, row):
+        """Other rows, or the same in another order; and on with them."""
         if not c.n or (isinstance(c.cache, StaticCache) and method != "reorder_cache"):
             return
         if method == "batch_repeat_interleave":
             if c.n_rows == 1:
                 c.cache.batch_repeat_interleave(2)
                 c.select([0, 0])
+                self.say(c, [row] * 3, True, (), "plain")
             return
         chosen = [b % c.n_rows for b in chosen]
         if method == "reorder_cache":  # as many as before
             chosen = (chosen * 3)[: c.n_rows]
         getattr(c.cache, method)(torch.tensor(chosen))
         c.select(chosen)
+        self.say(c, [row] * 3, True, (), "plain")
 
-    @rule(c=talks, saved=st.booleans())
-    def pickle(self, c, saved):
+    @rule(c=talks, saved=st.booleans(), row=text)
+    def pickle(self, c, saved, row):
         if saved:
             file = io.BytesIO()
             torch.save(c.cache, file)
@@ -320,6 +310,7 @@ class Conversations(RuleBasedStateMachine):
         else:
             c.cache = pickle.loads(pickle.dumps(c.cache))
         c.known = False
+        self.say(c, [row] * 3, True, (), "plain")
 
     @rule(c=talks)
     def reset(self, c):
