@@ -79,8 +79,8 @@ def embed_tokens(weights: Weights, config: ModelConfig, ids: Array) -> Array:
 
 
 def encode_siglip(weights: Weights, config: ModelConfig, vision: VisionInputs) -> Array:
-    """Features `[n_padded_tokens, E]` of the placeholders in prompt order; rows beyond the last one mean nothing."""
-    return _merge(weights, config).vision(vision)[vision.order]
+    """Features of the images one after another, `[n_padded_tokens, E]`; rows beyond the last one mean nothing."""
+    return _merge(weights, config).vision(vision)
 
 
 def begin_vision(weights: Weights, config: ModelConfig, pixels: Array, coordinates: Array) -> tuple[Array, Rotation]:
@@ -93,9 +93,9 @@ def vision_block(weights: Weights, config: ModelConfig, x: Array, segments: Segm
     return nnx.merge(_vision_graph(config), weights)(x, segments, by)
 
 
-def end_vision(weights: Weights, config: ModelConfig, x: Array, order: Array) -> Array:
-    """What the blocks of Qwen's tower gave, `[P, width]`, to features `[n_padded_tokens, E]` in the given order."""
-    return _qwen_tower(weights, config).merger(x)[order]
+def end_vision(weights: Weights, config: ModelConfig, x: Array) -> Array:
+    """What the blocks of Qwen's tower gave, `[P, width]`, to features `[n_padded_tokens, E]`."""
+    return _qwen_tower(weights, config).merger(x)
 
 
 def decode(weights: Weights, config: ModelConfig, hidden: Array, positions: Array, attend: Attend) -> Array:

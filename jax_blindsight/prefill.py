@@ -45,7 +45,6 @@ from jax_blindsight.params import Params
 from jax_blindsight.settings import with_own_settings
 from jax_blindsight.sharding import DATA, check_batch, sharded_rows
 from jax_blindsight.stack import run_layers
-from jax_blindsight.tokens import Tokens
 from jax_blindsight.tower import encode_images
 from jax_blindsight.vision_inputs import prepare_vision
 from jax_blindsight.work import AttentionWork
@@ -288,17 +287,9 @@ def embed_prompt(params: Params, prompt: Prompt, n_queries: int) -> Array:
     static: dict[str, Any] = dict(config=params.config, mesh=params.mesh)
     if not prompt.pictures:
         return _embed(params.weights, ids, None, None, **static)
-    vision = prepare_vision(params.config, {"input_ids": prompt.tokens.ids, **prompt.pictures})
+    vision, place = prepare_vision(params.config, {"input_ids": ids, **prompt.pictures})  # padding is text
     features = encode_images(params.weights, params.config, jax.device_put(vision, _place(params, PartitionSpec())))
-    place = feature_places(params.config, prompt.tokens)
-    return _embed(params.weights, ids, features, pad_last(place + 1, n_queries) - 1, **static)
-
-
-def feature_places(config: ModelConfig, tokens: Tokens) -> np.ndarray:
-    """Row of the image features that each token takes, `[B, N]` int32, -1 for text."""
-    is_picture = np.isin(tokens.ids, config.special.placeholders)  # never padding, which `read_inputs` makes 0
-    place = np.cumsum(is_picture.reshape(-1)).reshape(is_picture.shape) - 1
-    return np.where(is_picture, place, -1).astype(np.int32)
+    return _embed(params.weights, ids, features, place, **static)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))

@@ -29,7 +29,7 @@ def encode_images(weights: Weights, config: ModelConfig, vision: VisionInputs) -
         vision: from `prepare_vision`, on the devices of the weights.
 
     Returns:
-        `[n_padded_tokens, E]`, the placeholders in prompt order; rows beyond the last one mean nothing.
+        `[n_padded_tokens, E]`, in the order of `prepare_vision`; rows that no token takes mean nothing.
     """
     if not isinstance(config.vision, QwenVisionConfig):
         return _siglip(weights, vision, config=config)
@@ -37,7 +37,7 @@ def encode_images(weights: Weights, config: ModelConfig, vision: VisionInputs) -
     for i in range(config.vision.depth):
         segments = vision.frames if i in config.vision.full_blocks else vision.windows
         x = _block(weights["vision"]["blocks"][i], x, segments, by, config=config)
-    return _end(weights, x, vision.order, config=config)
+    return _end(weights, x, config=config)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -56,5 +56,5 @@ def _block(weights: Weights, x: Array, segments: Segments, by: Rotation, *, conf
 
 
 @partial(jax.jit, static_argnames="config")
-def _end(weights: Weights, x: Array, order: Array, *, config: ModelConfig) -> Array:
-    return end_vision(weights, config, x, order)
+def _end(weights: Weights, x: Array, *, config: ModelConfig) -> Array:
+    return end_vision(weights, config, x)

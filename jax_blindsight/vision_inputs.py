@@ -19,7 +19,7 @@ MIN_IMAGES = 4  # so that prompts of few images share one size
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class VisionInputs:
-    """All pictures of a prompt, images before videos, and what their attention and their order need.
+    """All pictures of a prompt, images before videos, and what their attention needs.
 
     Attributes:
         pixels: float32. Qwen: patches `[P, channels * frames * rows * columns]`, those of a window one after another,
@@ -28,7 +28,6 @@ class VisionInputs:
         frames: segments of the blocks that attend within whole frames; None for Gemma 3.
         windows: segments of the others; None where there are none.
         n_images: int32, how many of the padded images are real; None for Qwen.
-        order: `[n_padded_tokens]` int32, row of the tower's output that each placeholder of the prompt takes.
     """
 
     pixels: np.ndarray
@@ -36,17 +35,19 @@ class VisionInputs:
     frames: Segments | None
     windows: Segments | None
     n_images: np.ndarray | None
-    order: np.ndarray
 
 
-def prepare_vision(config: ModelConfig, inputs: Mapping[str, Any]) -> VisionInputs:
+def prepare_vision(config: ModelConfig, inputs: Mapping[str, Any]) -> tuple[VisionInputs, np.ndarray]:
     """Prepares the pictures of a prompt for `encode_images`.
 
     Args:
         config: the model.
-        inputs: NumPy arrays as `read_inputs` checked them. `input_ids` `[B, N]` gives the placeholders' order. Qwen:
+        inputs: NumPy arrays as `read_inputs` checked them. `input_ids` `[B, N]` says where the pictures go. Qwen:
             `pixel_values` `[patches, features]` with `image_grid_thw` `[n, 3]`, `pixel_values_videos` with
             `video_grid_thw`. Gemma 3: `pixel_values` `[n, channels, height, width]`.
+
+    Returns:
+        The pictures, and `[B, N]` int32, the row of the tower's output that each token takes, -1 for text.
 
     Raises:
         ValueError: pictures of another size or number than the grids or placeholders say.
@@ -55,25 +56,29 @@ def prepare_vision(config: ModelConfig, inputs: Mapping[str, Any]) -> VisionInpu
     return prepare(config, config.vision, inputs)  # type: ignore[arg-type]
 
 
-def _prepare_siglip(config: ModelConfig, vision: SiglipVisionConfig, inputs: Mapping[str, Any]) -> VisionInputs:
+def _prepare_siglip(
+    config: ModelConfig, vision: SiglipVisionConfig, inputs: Mapping[str, Any]
+) -> tuple[VisionInputs, np.ndarray]:
     pixels = np.asarray(inputs.get("pixel_values", ()), dtype=np.float32)
     shape = (vision.in_channels, vision.image_size, vision.image_size)
     if pixels.shape[1:] != shape or not len(pixels):
         raise ValueError(f"pixel_values must have shape (n, {', '.join(map(str, shape))}), n > 0. Got {pixels.shape}.")
     tokens = (vision.patches_per_side // vision.merge) ** 2
-    order = _placeholder_order(config, inputs["input_ids"], len(pixels) * tokens, 0)
+    place = _places(config, inputs["input_ids"], len(pixels) * tokens, 0)
     n_padded = power_of_two(max(len(pixels), MIN_IMAGES))  # only the real ones are computed
     n_images = np.array(len(pixels), dtype=np.int32)
-    return VisionInputs(pad_first(pixels, n_padded), None, None, None, n_images, pad_first(order, n_padded * tokens))
+    return VisionInputs(pad_first(pixels, n_padded), None, None, None, n_images), place
 
 
-def _prepare_qwen(config: ModelConfig, vision: QwenVisionConfig, inputs: Mapping[str, Any]) -> VisionInputs:
+def _prepare_qwen(
+    config: ModelConfig, vision: QwenVisionConfig, inputs: Mapping[str, Any]
+) -> tuple[VisionInputs, np.ndarray]:
     images, image_grids = _patches(vision, inputs, "pixel_values", "image_grid_thw")
     videos, video_grids = _patches(vision, inputs, "pixel_values_videos", "video_grid_thw")
     grids = np.concatenate([image_grids, video_grids])
     n = len(images) + len(videos)
     counts = [len(x) // vision.merge_unit for x in (images, videos)]
-    order = _placeholder_order(config, inputs["input_ids"], *counts)
+    place = _places(config, inputs["input_ids"], *counts)
 
     side = (vision.window_size or 0) // vision.merge // vision.patch_size  # in tokens
     window = side**2 * vision.merge_unit
@@ -84,15 +89,14 @@ def _prepare_qwen(config: ModelConfig, vision: QwenVisionConfig, inputs: Mapping
         tokens, lengths = window_order(grids // [1, vision.merge, vision.merge], side)
         rows = (tokens[:, None] * vision.merge_unit + np.arange(vision.merge_unit)).reshape(-1)
         windows = segments(lengths * vision.merge_unit, n_padded, rows=window, tile=window)
-        order = np.argsort(tokens).astype(np.int32)[order]
+        place = np.where(place >= 0, np.argsort(tokens).astype(np.int32)[place], place)
     frames = segments(np.repeat(grids[:, 1] * grids[:, 2], grids[:, 0]), n_padded)
     pixels = np.zeros((n_padded, vision.patch_features), np.float32)
     cut = len(images)  # windows keep the pictures in order
     np.take(images, rows[:cut], axis=0, out=pixels[:cut], mode="clip")
     np.take(videos, rows[cut:] - cut, axis=0, out=pixels[cut:n], mode="clip")
     coordinates = patch_coordinates(grids, vision.merge)[rows]
-    order = pad_first(order, n_padded // vision.merge_unit)
-    return VisionInputs(pixels, pad_first(coordinates, n_padded), frames, windows, None, order)
+    return VisionInputs(pixels, pad_first(coordinates, n_padded), frames, windows, None), place
 
 
 def patch_coordinates(grids: np.ndarray, merge: int) -> np.ndarray:
@@ -149,15 +153,15 @@ def _patches(
     return patches, grids
 
 
-def _placeholder_order(config: ModelConfig, ids: Any, n_images: int, n_videos: int) -> np.ndarray:
-    """For each placeholder of the prompt its row among image tokens followed by video tokens: `[n]` int32."""
-    ids, special = np.asarray(ids).reshape(-1), config.special
-    is_image = ids == special.image
-    is_video = ids == special.video
+def _places(config: ModelConfig, ids: Any, n_images: int, n_videos: int) -> np.ndarray:
+    """For each token its row among image tokens followed by video tokens, -1 for text: `[B, N]` int32."""
+    ids, special = np.asarray(ids), config.special
+    is_image, is_video = ids == special.image, ids == special.video
     if (is_image.sum(), is_video.sum()) != (n_images, n_videos):
         raise ValueError(
             f"input_ids must hold one placeholder per image token ({n_images}) and per video token ({n_videos}). Got "
             f"{is_image.sum()} and {is_video.sum()}. Pass ids and pictures that one call of the processor returned."
         )
-    order = np.where(is_image, np.cumsum(is_image) - 1, n_images + np.cumsum(is_video) - 1)[is_image | is_video]
-    return order.astype(np.int32)
+    place = np.full(ids.shape, -1, np.int32)
+    place[is_image], place[is_video] = np.arange(n_images), n_images + np.arange(n_videos)
+    return place

@@ -60,17 +60,16 @@ def hidden_of(config: ModelConfig, weights: Any, inputs: dict[str, torch.Tensor]
     videos = arrays.get("video_grid_thw")
     positions, *_ = rope_positions(config, ids, valid, arrays.get("image_grid_thw"), videos)
     masks = masks_of(config, ids, valid, [] if videos is None else videos[:, 0].tolist())
-    is_picture = np.isin(ids, config.special.placeholders)
-    place = np.cumsum(is_picture).reshape(ids.shape) - 1
+    vision, place = prepare_vision(config, arrays)
 
     @jax.jit
     def run(weights, vision):
         features = encode_images(weights, config, vision)
         hidden = jax_model.embed_tokens(weights, config, ids)
-        hidden = jnp.where(is_picture[..., None], features[place], hidden)
+        hidden = jnp.where(place[..., None] >= 0, features[place], hidden)
         return jax_model.decode(weights, config, hidden, positions, dense(config, masks))
 
-    return run(weights, prepare_vision(config, arrays)), valid
+    return run(weights, vision), valid
 
 
 def run_whole(model: Any, **inputs: torch.Tensor) -> torch.Tensor:

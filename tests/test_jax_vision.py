@@ -57,10 +57,9 @@ def prompt_of(pictures, seed=0):
 def features_of(p, inputs):
     """Our features of the real placeholders."""
     arrays = {name: x.numpy() for name, x in inputs.items()}
-    n = int(np.isin(arrays["input_ids"], (IMAGE, VIDEO)).sum())
-    features = jax.jit(partial(encode_images, config=p.config))(p.weights, vision=prepare_vision(p.config, arrays))
-    assert len(features) >= n
-    return features[:n]
+    vision, place = prepare_vision(p.config, arrays)
+    np.testing.assert_array_equal(place >= 0, np.isin(arrays["input_ids"], (IMAGE, VIDEO)))
+    return jax.jit(partial(encode_images, config=p.config))(p.weights, vision=vision)[place[place >= 0]]
 
 
 def run_images(model, pixel_values, image_grid_thw, **_):
@@ -226,7 +225,7 @@ def test_other_pictures_of_one_bucket_do_not_retrace(family):
         shapes = ([[1, 3, 5], [1, 4, 4]], [[1, 8, 3], [1, 2, 3]], [[1, 1, 1]] * 20, [[2, 4, 4]])
         prompts = [{n: x.numpy() for n, x in prompt_of([(IMAGE, s) for s in shape]).items()} for shape in shapes]
     for prompt in prompts:
-        encode(p.weights, prepare_vision(p.config, prompt))
+        encode(p.weights, prepare_vision(p.config, prompt)[0])
     assert len(traces) == 1
 
 
@@ -237,7 +236,7 @@ def test_memory_is_linear_in_the_patches():
 
     def temporary(n_images):
         prompt = {n: x.numpy() for n, x in prompt_of([(IMAGE, [1, 16, 16])] * n_images).items()}
-        compiled = encode.lower(p.weights, vision=prepare_vision(p.config, prompt)).compile()
+        compiled = encode.lower(p.weights, vision=prepare_vision(p.config, prompt)[0]).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(32) < 2.2 * temporary(16)
@@ -260,7 +259,7 @@ def test_programs_are_bounded_by_the_buckets(family, monkeypatch):
     for _ in range(40):
         sizes = rng.integers(1, [5, 12, 12], (rng.integers(1, 9), 3)).tolist()
         prompt = {n: x.numpy() for n, x in prompt_of([(VIDEO, size) for size in sizes]).items()}
-        vision = prepare_vision(p.config, prompt)
+        vision, _ = prepare_vision(p.config, prompt)
         jax.eval_shape(encode, p.weights, vision=vision)
         buckets.add(len(vision.pixels))
     assert 10 < len(buckets) < 30
@@ -292,7 +291,7 @@ def test_bad_pictures_are_refused(family, change, message):
 def test_rows_beyond_the_placeholders_are_harmless():
     """Padding reaches no real feature: with other padding they are the same bits."""
     p = pair("qwen2_5_vl")
-    vision = prepare_vision(p.config, {n: x.numpy() for n, x in prompt_of([(IMAGE, ODD[0])]).items()})
+    vision, _ = prepare_vision(p.config, {n: x.numpy() for n, x in prompt_of([(IMAGE, ODD[0])]).items()})
     n = int(np.prod(ODD[0]))
     noisy = vision.pixels.copy()
     noisy[4 * n :] = 1e3

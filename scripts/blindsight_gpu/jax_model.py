@@ -102,8 +102,12 @@ def without_tower(size: Size, n: int, place: Place) -> Iterator[None]:
     drawn = torch.randn(n, size.hidden, dtype=place.dtype, device=place.device)
     features = shared(drawn)
 
+    def without_pixels(config: ModelConfig, inputs: dict[str, np.ndarray]) -> tuple[None, np.ndarray]:
+        is_image = inputs["input_ids"] == config.special.image
+        return None, np.where(is_image, np.cumsum(is_image).reshape(is_image.shape) - 1, -1).astype(np.int32)
+
     with (
-        patch.object(jax_blindsight.prefill, "prepare_vision", lambda *_, **__: None),
+        patch.object(jax_blindsight.prefill, "prepare_vision", without_pixels),
         patch.object(jax_blindsight.prefill, "encode_images", lambda *_, **__: features),
     ):
         yield
