@@ -21,7 +21,7 @@ from jax_blindsight.attention import is_plain
 from jax_blindsight.config import ModelConfig
 from jax_blindsight.portable import CHUNK, GATHERED_CHUNK, TEAM
 from jax_blindsight.sharding import DATA, MODEL
-from jax_blindsight.work import GATHERED_ROWS, TILE_ROWS, AttentionWork
+from jax_blindsight.work import GATHERED_ROWS, TILE_ROWS, AttentionWork, keys_of
 from shared_profiles import Category
 
 if TYPE_CHECKING:
@@ -77,14 +77,13 @@ def _portable(work: AttentionWork, heads: tuple[int, ...]) -> np.ndarray:
 
 def _steps(tiles: np.ndarray, n_tiles: np.ndarray, heads: tuple[int, ...], chunk: int) -> int:
     """Steps of all tiles `[4, n, 7]`, of which `n_tiles` are real: in a team, of each as many as its longest takes."""
-    _, _, lo, hi, _, packed_start, packed_stop = np.moveaxis(tiles, 2, 0)
-    steps = -(-(hi - lo + packed_stop - packed_start) // chunk)  # [4, n]
+    steps = -(-keys_of(tiles) // chunk)  # [4, n]
     each = np.concatenate([np.repeat(some[:n], times) for some, n, times in zip(steps, n_tiles, heads, strict=True)])
     return TEAM * int(np.maximum.reduceat(each, np.arange(0, len(each), TEAM)).sum())
 
 
 def _pallas(work: PallasWork, heads: tuple[int, ...], by_cudnn: bool) -> float:
-    """The steps of the kernel's tiles, on the device with most; dense heads as many as cuDNN takes as long as."""
+    """The steps of the kernel's tiles, on the device with most; of dense heads by cuDNN, as many as take as long."""
     steps = work.steps
     steps = (steps + _ENDS * (steps > 0)).sum(axis=-1).astype(np.float64)  # [..., 4]
     if by_cudnn:

@@ -64,7 +64,7 @@ def _prepare_siglip(
     if pixels.shape[1:] != shape or not len(pixels):
         raise ValueError(f"pixel_values must have shape (n, {', '.join(map(str, shape))}), n > 0. Got {pixels.shape}.")
     tokens = (vision.patches_per_side // vision.merge) ** 2
-    place = _places(config, inputs["input_ids"], len(pixels) * tokens, 0)
+    place = feature_places(config, inputs["input_ids"], len(pixels) * tokens, 0)
     n_padded = power_of_two(max(len(pixels), MIN_IMAGES))  # only the real ones are computed
     n_images = np.array(len(pixels), dtype=np.int32)
     return VisionInputs(pad_first(pixels, n_padded), None, None, None, n_images), place
@@ -78,7 +78,7 @@ def _prepare_qwen(
     grids = np.concatenate([image_grids, video_grids])
     n = len(images) + len(videos)
     counts = [len(x) // vision.merge_unit for x in (images, videos)]
-    place = _places(config, inputs["input_ids"], *counts)
+    place = feature_places(config, inputs["input_ids"], *counts)
 
     side = (vision.window_size or 0) // vision.merge // vision.patch_size  # in tokens
     window = side**2 * vision.merge_unit
@@ -153,8 +153,12 @@ def _patches(
     return patches, grids
 
 
-def _places(config: ModelConfig, ids: Any, n_images: int, n_videos: int) -> np.ndarray:
-    """For each token its row among image tokens followed by video tokens, -1 for text: `[B, N]` int32."""
+def feature_places(config: ModelConfig, ids: Any, n_images: int, n_videos: int) -> np.ndarray:
+    """For each token its row among image tokens followed by video tokens, -1 for text: `[B, N]` int32.
+
+    Raises:
+        ValueError: there are other numbers of placeholders.
+    """
     ids, special = np.asarray(ids), config.special
     is_image, is_video = ids == special.image, ids == special.video
     if (is_image.sum(), is_video.sum()) != (n_images, n_videos):

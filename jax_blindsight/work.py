@@ -193,10 +193,15 @@ class _Sequence:
         return start if self.window is None else np.maximum(start, rows - self.window + 1)
 
 
+def keys_of(tiles: np.ndarray) -> np.ndarray:
+    """How many keys tiles `[..., 7]` read: `[...]`."""
+    _, _, lo, hi, _, packed_start, packed_stop = np.moveaxis(tiles, -1, 0)
+    return hi - lo + packed_stop - packed_start
+
+
 def _longest_first(tiles: np.ndarray) -> np.ndarray:
     """Tiles `[n, 7]` by falling numbers of keys."""
-    _, _, lo, hi, _, packed_start, packed_stop = tiles.T
-    return tiles[np.argsort(lo - hi + packed_start - packed_stop, kind="stable")]
+    return tiles[np.argsort(-keys_of(tiles), kind="stable")]
 
 
 def _tile_rows(category: Category, template: SinkTemplate) -> int:

@@ -13,15 +13,7 @@ NAME = "by_masks"
 
 
 def _attend(
-    module: Any,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: Any,
-    *,
-    allowed: Sequence,
-    scaling: float,
-    **_: Any,
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, allowed: Sequence, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     """Plain softmax attention, q `[B, H, N, D]`, over the keys that `allowed`, of each layer `[B, H, N, N]`, names."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

@@ -54,7 +54,7 @@ class Case:
 
     Attributes:
         name: for people.
-        layouts: one a batch row, of `q_stop` tokens.
+        layouts: one a batch row, of `q_start` + T tokens.
         template: sinks and local blocks.
         head_dim, dtype, heads, kv_heads: D, the name of a torch dtype, H, K.
         categories: `[H]`.

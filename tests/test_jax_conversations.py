@@ -6,6 +6,7 @@ that was computed for them is held against the oracle of `jax_oracle.py`.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -73,6 +74,7 @@ class Conversations(RuleBasedStateMachine):
 
     family: str
     n_rows: int
+    checked: Counter[str]  # prefills, by how they ran
     talks = Bundle("talks")
 
     def __init__(self) -> None:
@@ -105,6 +107,7 @@ class Conversations(RuleBasedStateMachine):
         for array in arrays.values():
             array.fill(77)  # they are the caller's
         assert done.how == talk.run(turn, profile, dense)
+        type(self).checked[done.how] += 1
         logits, last = np.asarray(done.logits), []
         for b, (row, items, first) in enumerate(zip(talk.rows, turn, offsets, strict=True)):
             n = len(flatten(items))
@@ -233,10 +236,12 @@ class Conversations(RuleBasedStateMachine):
 
 @pytest.mark.parametrize(("family", "n_rows"), [("qwen2_vl", 1), ("qwen2_5_vl", 2), ("gemma3", 2)])
 def test_conversations(family, n_rows):
-    machine = type(f"{family.title()}Conversations", (Conversations,), dict(family=family, n_rows=n_rows))
+    about = dict(family=family, n_rows=n_rows, checked=Counter())
+    machine = type(f"{family.title()}Conversations", (Conversations,), about)
     # To shrink a failure takes minutes: add Phase.shrink for that.
     options = dict(phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.too_slow])
     run_state_machine_as_test(machine, settings=settings(max_examples=18, stateful_step_count=12, **options))
+    assert machine.checked["sparse"] > 10, f"little was checked: {machine.checked}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -14,6 +14,7 @@ import io
 import pickle
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -78,6 +79,7 @@ class Conversations(RuleBasedStateMachine):
     """Two patched models of one family, and conversations with them."""
 
     family: str
+    checked: Counter[str]  # forwards, by how they ran
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,6 +173,7 @@ class Conversations(RuleBasedStateMachine):
             traced = not (isinstance(c.cache, StaticCache) and c.cache.layers[0].keys.is_inference())
             c.known = (c.known or not seen["past"]) and traced and how != "past the patch" and seen["ids"] is not None
             c.note(handle.profile if how == "sparse" else None, seen["types"])
+            type(self).checked[how] += 1
             n = seen["logits"].shape[1]
             real = torch.from_numpy(c.real[:, -n:])
             got, want = seen["logits"].clone()[real], c.recompute()[:, -n:][real]
@@ -385,5 +388,6 @@ class Conversations(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_conversations(family):
-    machine = type(f"Conversations_{family}", (Conversations,), dict(family=family))
+    machine = type(f"Conversations_{family}", (Conversations,), dict(family=family, checked=Counter()))
     run_state_machine_as_test(machine, settings=SETTINGS)
+    assert machine.checked["sparse"] > 50, f"little was checked: {machine.checked}"

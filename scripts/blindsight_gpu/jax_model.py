@@ -33,6 +33,7 @@ from jax_blindsight.buckets import bucket
 from jax_blindsight.calibration import measure
 from jax_blindsight.config import ModelConfig
 from jax_blindsight.model import abstract_weights
+from jax_blindsight.vision_inputs import feature_places
 from shared_profiles.budget import Budget, rankings_for
 from shared_profiles.profile import Profile
 from shared_profiles.profile_parts import Fingerprint
@@ -103,8 +104,7 @@ def without_tower(size: Size, n: int, place: Place) -> Iterator[None]:
     features = shared(drawn)
 
     def without_pixels(config: ModelConfig, inputs: dict[str, np.ndarray]) -> tuple[None, np.ndarray]:
-        is_image = inputs["input_ids"] == config.special.image
-        return None, np.where(is_image, np.cumsum(is_image).reshape(is_image.shape) - 1, -1).astype(np.int32)
+        return None, feature_places(config, inputs["input_ids"], n, 0)
 
     with (
         patch.object(jax_blindsight.prefill, "prepare_vision", without_pixels),
