@@ -390,4 +390,5 @@ class Conversations(RuleBasedStateMachine):
 def test_conversations(family):
     machine = type(f"Conversations_{family}", (Conversations,), dict(family=family, checked=Counter()))
     run_state_machine_as_test(machine, settings=SETTINGS)
-    assert machine.checked["sparse"] > 50, f"little was checked: {machine.checked}"
+    # Draws depend on the modules that hypothesis finds loaded: 88 to 167 were seen.
+    assert machine.checked["sparse"] > 20, f"little was checked: {machine.checked}"
