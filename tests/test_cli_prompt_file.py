@@ -43,10 +43,17 @@ BAD_LINES = {
     "half-a-character": ('{"images": [], "question": "\\ud800?"}', 'line 2: "question" must be a text of whole'),
     "half-a-name": ('{"images": ["\\udc00.png"], "question": "?"}', 'line 2: "images" must be a list of file names'),
     "missing-file": ('{"images": ["0-0.png", "nope.png"], "question": "?"}', "nope.png"),
-    "long-name": ('{"images": ["0-0.png", "' + "x" * 300 + '"], "question": "?"}', "line 2: an image must be a file"),
+    "long-name": ('{"images": ["0-0.png", "' + "x" * 300 + '"], "question": "?"}', 'line 2: "images" must be files'),
     "no-picture": ('{"images": ["0-0.png", "prompts.jsonl"], "question": "?"}', "line 2: an image must be a picture"),
     "cut-picture": ('{"images": ["0-0.png", "cut.png"], "question": "?"}', "line 2: an image must be a picture"),
     "thin-picture": ('{"images": ["0-0.png", "thin.png"], "question": "?"}', "line 2: the checkpoint's processor must"),
+    "no-pictures": ('{"question": "?"}', 'an object with "images" or "videos", and "question"'),
+    "videos-text": ('{"videos": "a.mp4", "question": "?"}', '"videos" must be a list of file names'),
+    "missing-video": ('{"videos": ["a.mp4"], "question": "?"}', 'line 2: "videos" must be files'),
+    "picture-video": ('{"videos": ["0-0.png"], "question": "?"}', "line 2: a video must be one that PyAV can read"),
+    "text-video": ('{"videos": ["prompts.jsonl"], "question": "?"}', "line 2: a video must be one that PyAV can read"),
+    "no-fps": ('{"videos": [], "fps": 0, "question": "?"}', 'line 2: "fps" must be a number above 0'),
+    "true-fps": ('{"videos": [], "fps": true, "question": "?"}', 'line 2: "fps" must be a number above 0'),
     "image-token": ('{"images": ["0-0.png", "0-1.png"], "question": "<|image_pad|>"}', "line 2: a question must be"),
     "video-token": ('{"images": ["0-0.png", "0-1.png"], "question": "<|video_pad|>"}', "Got <|video_pad|> in it"),
 }
@@ -74,7 +81,7 @@ def test_run_names_the_question_that_a_processor_refuses(checkpoint: Path, promp
     ):
         result = blindsight("run", checkpoint, "--image", picture, "--question", question)
         assert (result.exit_code, result.stdout) == (2, "")
-        assert f"--question and --image: {message}" in result.stderr
+        assert f"--question, --image and --video: {message}" in result.stderr
 
 
 def test_eval_names_the_line_that_a_processor_refuses(checkpoint: Path, prompts: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ TRACEBACK = "BLINDSIGHT_TRACEBACK"
 _EXTRAS = {
     **dict.fromkeys(("torch", "torchvision", "transformers", "safetensors", "PIL", "tqdm"), "torch"),
     **dict.fromkeys(("jax", "flax", "orbax", "ml_dtypes"), "jax"),
-    "jinja2": "cli",
+    **dict.fromkeys(("jinja2", "av"), "cli"),
 }
 
 

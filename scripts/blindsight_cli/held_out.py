@@ -21,7 +21,7 @@ class HeldOut:
     Args:
         model: the model.
         profile: whose template the sparse prefills have.
-        prompts: one or more rows each, without videos. Those where a row has fewer than two images are left out.
+        prompts: one or more rows each. Those where a row has fewer than two images are left out.
 
     Attributes:
         prompts: those that are measured, by the digest of their content.

@@ -1,4 +1,4 @@
-"""From files to what a model takes: checkpoint folders, pictures, and a question about them.
+"""From files to what a model takes: checkpoint folders, pictures, and a question about them and about videos.
 
 Only local files are read: a checkpoint is a folder, and nothing is looked up on any hub.
 """
@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from blindsight_cli.errors import IncompatibleError, install_advice
 from blindsight_cli.folders import AGAIN, check_family
+from blindsight_cli.videos import Video
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -139,21 +140,24 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
         raise ValueError(f"an image must be a picture that Pillow can read. Got {path}: {reason}.") from error
 
 
-def ask(processor: Any, images: Sequence[Image.Image], question: str, device: str = "cpu") -> dict[str, Tensor]:
-    """What the model takes for one question: pictures first, then the text, in the checkpoint's own chat template.
+def ask(
+    processor: Any, images: Sequence[Image.Image], question: str, device: str = "cpu", videos: Sequence[Video] = ()
+) -> dict[str, Tensor]:
+    """What the model takes for one question: pictures, videos, then the text, in the checkpoint's own chat template.
 
     Args:
         processor: the checkpoint's.
         images: RGB pictures.
         question: the text.
         device: where the tensors go.
+        videos: their frames, as `load_video` reads them for this processor.
 
     Returns:
         `input_ids` `[1, N]`, `attention_mask` `[1, N]`, `pixel_values` and whatever else the family uses.
 
     Raises:
-        ValueError: the question has tokens that stand for pictures, the processor takes no such question or picture,
-            or it has no chat template.
+        ValueError: the question has tokens that stand for pictures, the processor takes no such question, picture
+            or video, or its chat template is missing or leaves videos out.
     """
     names = ("image_token", "video_token", "boi_token")
     if held := [token for name in names if (token := getattr(processor, name, None)) and token in question]:
@@ -162,15 +166,24 @@ def ask(processor: Any, images: Sequence[Image.Image], question: str, device: st
             "Take them out."
         )
     content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+    content += [{"type": "video", "video": video.frames} for video in videos]
+    chosen = {"video_metadata": [video.metadata for video in videos], "do_sample_frames": False} if videos else {}
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
     try:
         inputs = processor.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            messages,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs=chosen,
         )
     except (LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:  # not all of them say why
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(
-            f"the checkpoint's processor must take the question and its pictures. Got: {reason}. "
+            f"the checkpoint's processor must take the question and what it is about. Got: {reason}. "
             "Change the prompt, or leave it out."
         ) from error
+    if videos and not (inputs["input_ids"] == processor.video_token_id).any():
+        raise ValueError("the checkpoint's chat template must put videos into the prompt. It leaves them out.")
     return {name: value.to(device) for name, value in inputs.items() if isinstance(value, Tensor)}

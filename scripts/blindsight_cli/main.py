@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 try:
     import typer
@@ -25,17 +25,21 @@ from blindsight_cli.options import (
     AlphaFirst,
     AlphaLast,
     Backend,
+    Benchmark,
     Checkpoint,
     Device,
     Dtype,
+    Fps,
     GammaDense,
     GammaIntra,
     GammaSink,
+    Images,
     Json,
     ProfileOption,
     Quantile,
     Ranking,
     ThresholdsOption,
+    Videos,
     typed_thresholds,
 )
 from blindsight_cli.output import never_fail_on_signs
@@ -123,7 +127,8 @@ def calibrate(
     data: Annotated[
         Path,
         typer.Argument(
-            help='JSONL, one prompt per line: {"images": ["a.png", "b.png"], "question": "..."}; relative file names.',
+            help='JSONL, one prompt per line: {"images": ["a.png", "b.png"], "question": "..."}; relative file names. '
+            '"videos": ["c.mp4"] and "fps": 2 beside the images or instead.',
             exists=True,
             dir_okay=False,
         ),
@@ -212,8 +217,10 @@ def calibrate(
 @guarded
 def run(
     checkpoint: Checkpoint,
-    image: Annotated[list[Path], typer.Option(help="A picture; repeat for more.", exists=True, dir_okay=False)],
-    question: Annotated[str, typer.Option(help="What to ask about them.")],
+    question: Annotated[str, typer.Option(help="What to ask about the pictures or videos.")],
+    image: Images = None,
+    video: Videos = None,
+    fps: Fps = None,
     profile: ProfileOption = None,
     dense: Annotated[bool, typer.Option("--dense", help="Leave the model unpatched.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Answer both ways and compare.")] = False,
@@ -223,14 +230,16 @@ def run(
     device: Device = None,
     as_json: Json = False,
 ) -> int:
-    """Ask a checkpoint one question about some pictures."""
+    """Ask a checkpoint one question about some pictures or videos."""
     if dense and (compare or profile is not None):
         raise typer.BadParameter("--dense uses no profile: leave out --compare and --profile, or --dense.")
     from blindsight_cli.commands.run import run_question
 
     return run_question(
         checkpoint=checkpoint,
-        images=image,
+        images=image or [],
+        videos=video or [],
+        fps=fps,
         question=question,
         profile=profile,
         dense=dense,
@@ -347,18 +356,7 @@ def convert(
 @guarded
 def bench(
     what: Annotated[
-        Literal[
-            "attention",
-            "prefill",
-            "plan",
-            "memory",
-            "jax-convert",
-            "jax-attention",
-            "jax-prefill",
-            "jax-decode",
-            "jax-compile",
-            "all",
-        ],
+        Benchmark,
         typer.Argument(help="What to measure."),
     ] = "all",
     out: Annotated[Path | None, typer.Option(help="Also write the results here, as JSON.")] = None,

@@ -22,6 +22,28 @@ Dtype = Annotated[
 ]
 Backend = Annotated[Literal["torch", "jax"], typer.Option(help="The framework that runs the model.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="a GPU if there is one")]
+Benchmark = Literal[
+    "attention",
+    "prefill",
+    "plan",
+    "memory",
+    "jax-convert",
+    "jax-attention",
+    "jax-prefill",
+    "jax-decode",
+    "jax-compile",
+    "all",
+]
+Images = Annotated[
+    list[Path] | None, typer.Option("--image", help="A picture; repeat for more.", exists=True, dir_okay=False)
+]
+Videos = Annotated[
+    list[Path] | None, typer.Option("--video", help="A video; repeat for more.", exists=True, dir_okay=False)
+]
+Fps = Annotated[
+    float | None,
+    typer.Option(help="Frames taken of a second of video.", min=0.01, show_default="the checkpoint's own, else 2"),
+]
 Ranking = Literal["gradient", "residual", "error"]
 ThresholdsOption = Annotated[
     bool,

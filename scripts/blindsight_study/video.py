@@ -64,10 +64,8 @@ def to_inputs(processor: Any, puzzles: Sequence[Puzzle], form: str) -> dict[str,
         films += [np.concatenate(frames)] if form == "film" else frames
     given: dict[str, Any] = {"images": [image for puzzle in puzzles for image in puzzle.images]}
     if as_video:
-        like = processor.image_processor  # the model knows no other size and colours
         timing = [{"fps": 2, "total_num_frames": len(x), "frames_indices": range(len(x))} for x in films]
-        look = {"size": dict(like.size), "image_mean": like.image_mean, "image_std": like.image_std}
-        given = {"videos": films, "videos_kwargs": look | {"video_metadata": timing, "cap_pixels_per_frame": False}}
+        given = {"videos": films, "videos_kwargs": {"video_metadata": timing}}
     return dict(processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **given))
 
 

@@ -19,6 +19,7 @@ from shared_profiles.profile import Profile
 from shared_profiles.sink_statistics import SinkMass, learn_template
 from torch_blindsight.maps import attention_maps
 from torch_blindsight.models import inspect_model
+from torch_blindsight.prompts import read_layouts
 from torch_blindsight.sinks import measure_sinks
 
 DRAWN_TOKENS, DRAWN_IMAGES = 512, 4  # at most, and preferably at least, in the prompt that is drawn
@@ -137,9 +138,9 @@ def _draw(
     info = inspect_model(model)
     best, chosen = 1, None
     for prompt in prompts:
-        n_images = int((prompt["input_ids"] == info.special.start).sum())
-        if prompt["input_ids"].shape[1] <= DRAWN_TOKENS and n_images > best:
-            best, chosen = n_images, prompt
+        (layout,), _ = read_layouts(prompt, info.family, info.special)
+        if layout.n_tokens <= DRAWN_TOKENS and layout.n_images > best:
+            best, chosen = layout.n_images, prompt
             if best >= DRAWN_IMAGES:
                 break
     if chosen is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -43,10 +44,21 @@ class Facts:
     n_parameters: int
 
     def layouts(self, prompt: Prompt) -> list[Layout]:
-        """The layout of every row of a batch without videos."""
+        """The layout of every row of a batch."""
         rows = zip(prompt["input_ids"].cpu().numpy(), prompt["attention_mask"].cpu().numpy(), strict=True)
-        both_ways = self.family.bidirectional
-        return [Layout.from_ids(ids, self.special, valid=mask, bidirectional=both_ways) for ids, mask in rows]
+        grids = prompt["video_grid_thw"][:, 0].tolist() if "video_grid_thw" in prompt else []
+        groups, layouts = iter(grids), []
+        for ids, mask in rows:
+            n_videos = int(np.diff(ids == self.special.video, prepend=False).sum() + 1) // 2
+            layout = Layout.from_ids(
+                ids,
+                self.special,
+                valid=mask,
+                frames=list(islice(groups, n_videos)),
+                bidirectional=self.family.bidirectional,
+            )
+            layouts.append(layout)
+        return layouts
 
     def pairs(self, layout: Layout, profile: Profile | None) -> PairCounts:
         """Query-key pairs of a prompt's attention, all layers and heads; without a profile all heads dense."""

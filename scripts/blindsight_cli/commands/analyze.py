@@ -61,7 +61,7 @@ def run_analyze(
     check_family(checkpoint)
     require_for_torch(checkpoint)
     require_writable("--out", out, {"PROMPTS": data, "--profile": profile}, kind="page")
-    lines = None if data is None else [p for p in read_prompts(data, limit) if len(p.images) >= 2]
+    lines = None if data is None else [p for p in read_prompts(data, limit) if p.multi_image]
     if lines is not None and not lines:
         raise ValueError(f"{data}: an analysis needs prompts with at least two images. Got none.")
     model = load_model(checkpoint, dtype=dtype, device=pick_device(device))

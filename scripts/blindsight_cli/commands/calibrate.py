@@ -86,7 +86,7 @@ def run_calibrate(
     out = out or checkpoint / FILE_NAME
     _check_files(data, out, state, merge)
     prompts = read_prompts(data, limit)
-    telling = [prompt for prompt in prompts if len(prompt.images) >= 2]
+    telling = [prompt for prompt in prompts if prompt.multi_image]
     if not telling:
         raise ValueError(
             f"{data}: calibration needs prompts with at least two images. Got {len(prompts)} with fewer. "

@@ -1,4 +1,4 @@
-"""`blindsight run`: one question about some pictures, answered sparse, dense, or both."""
+"""`blindsight run`: one question about some pictures or videos, answered sparse, dense, or both."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from blindsight_cli.loading import ask, load_image, load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.report import figures
 from blindsight_cli.timing import median_pair
+from blindsight_cli.videos import check_video, load_video
 from shared_profiles import Layout
 from shared_profiles.collection import of_prompt
 from shared_profiles.measured import divergence_of_one
@@ -49,6 +50,8 @@ def run_question(
     *,
     checkpoint: Path,
     images: list[Path],
+    videos: list[Path],
+    fps: float | None,
     question: str,
     profile: Path | None,
     dense: bool,
@@ -64,6 +67,8 @@ def run_question(
     Args:
         checkpoint: a checkpoint folder.
         images: the pictures' files.
+        videos: the videos' files.
+        fps: frames that are taken of a second of them; default: what the checkpoint says.
         question: the text.
         profile: the profile to use; default: the one that the library finds.
         dense: answer with the unpatched model.
@@ -80,13 +85,20 @@ def run_question(
             probabilities to compare.
         IncompatibleError, ProfileError: model, profile and versions do not go together.
     """
+    if not (images or videos):
+        raise ValueError("a question must be about something: give --image or --video.")
+    if fps is not None and not videos:
+        raise ValueError("--fps chooses frames of videos: give --video, or leave it out.")
     check_family(checkpoint)
     pictures = [load_image(path) for path in images]
+    for video in videos:
+        check_video(video)
     found = None if profile is None else Profile.load(profile)
     model = load_backend(backend, checkpoint, dtype=dtype, device=device)
     processor = load_processor(checkpoint)
-    with of_prompt("--question and --image"):
-        inputs = ask(processor, pictures, question, model.device)
+    with of_prompt("--question, --image and --video"):
+        films = [load_video(video, processor, fps) for video in videos]
+        inputs = ask(processor, pictures, question, model.device, films)
     session = _Session(model, processor, inputs, max_new_tokens)
     path = None
     if not dense:
@@ -103,7 +115,7 @@ def run_question(
         runs, kl = session.both(found)
     else:
         runs, kl = [session.sparse(found)], None
-    _tell(checkpoint, question, len(images), session.layout, path, runs, kl, as_json=as_json)
+    _tell(checkpoint, question, len(images), len(videos), session.layout, path, runs, kl, as_json=as_json)
     return ExitCode.OK
 
 
@@ -155,6 +167,7 @@ def _tell(
     checkpoint: Path,
     question: str,
     n_images: int,
+    n_videos: int,
     layout: Layout,
     profile: Path | None,
     runs: list[Run],
@@ -172,6 +185,7 @@ def _tell(
                 "checkpoint": str(checkpoint),
                 "question": question,
                 "n_images": n_images,
+                "n_videos": n_videos,
                 "n_tokens": layout.n_tokens,
                 "profile": None if profile is None else str(profile),
                 "runs": [asdict(run) for run in runs],
@@ -190,7 +204,10 @@ def _tell(
     table.add_row("attention", *(f"{figures.flops(run.attention_flops)}, {_share(run)}" for run in runs))
     console = results()
     console.print(table)
-    console.print(f"\n{figures.count(layout.n_tokens)} tokens, {n_images} image{'s' * (n_images != 1)}")
+    shown = [f"{n} {what}{'s' * (n != 1)}" for n, what in ((n_images, "image"), (n_videos, "video")) if n]
+    if n_videos:
+        shown[-1] += f" ({layout.n_images - n_images} pairs of frames)"
+    console.print(f"\n{figures.count(layout.n_tokens)} tokens, {', '.join(shown)}")
     if profile is not None:
         console.print(f"profile: {profile}", markup=False, soft_wrap=True)
     if speedup is not None and kl is not None:

@@ -68,7 +68,7 @@ def read_items(path: Path, limit: int | None = None) -> list[Item]:
         OSError: the file cannot be read.
     """
     items = [_item(prompt, path) for prompt in read_prompts(path, limit, answered=True)]
-    if all(len(item.prompt.images) < 2 for item in items):
+    if not any(item.prompt.multi_image for item in items):
         raise ValueError(
             f"{path}: dense and sparse differ on prompts with at least two images only. Got {len(items)} with fewer. "
             "Take multi-image questions."
@@ -82,14 +82,24 @@ def normal(text: str) -> str:
 
 
 def digest(prompt: Prompt, images: Sequence[Image.Image]) -> str:
-    """A hash of a prompt's question and pictures, whatever files they came from."""
-    parts = [prompt.question, *(picture_digest(image) for image in images)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    """A hash of a prompt's question, pictures and videos, whatever files they came from."""
+    return hashlib.sha256("\n".join([prompt.question, *seen(prompt, images)]).encode()).hexdigest()[:32]
+
+
+def seen(prompt: Prompt, images: Sequence[Image.Image]) -> list[str]:
+    """A hash of each of a prompt's pictures, which are `images`, and of each of its videos' files."""
+    return [*map(picture_digest, images), *map(_file_digest, prompt.videos)]
 
 
 def picture_digest(image: Image.Image) -> str:
     """A hash of a picture's size and pixels."""
     return hashlib.sha256(f"{image.size}{image.mode}".encode() + image.tobytes()).hexdigest()[:32]
+
+
+def _file_digest(path: Path) -> str:
+    """A hash of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def _item(prompt: Prompt, path: Path) -> Item:

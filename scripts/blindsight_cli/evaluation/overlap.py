@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from blindsight_cli.evaluation.items import Item, digest, picture_digest
-from blindsight_cli.prompt_file import PromptLoader, open_images, read_prompts
+from blindsight_cli.evaluation.items import Item, digest, seen
+from blindsight_cli.prompt_file import Prompt, PromptLoader, open_images, read_prompts
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, prompt_digest
 
@@ -26,22 +26,22 @@ class Overlap:
     Attributes:
         checked: whether the items were compared with calibration prompts one by one.
         told: in words: by what, or why not.
-        pictures: digests of the calibration's pictures.
+        pictures: digests of the calibration's pictures and videos.
     """
 
     checked: bool
     told: str
     pictures: frozenset[str] = field(default=frozenset(), repr=False)
 
-    def n_seen(self, images: Sequence[Image.Image]) -> int:
-        """How many of these pictures were calibrated on, as far as that is known."""
-        return sum(picture_digest(image) in self.pictures for image in images) if self.pictures else 0
+    def n_seen(self, prompt: Prompt, images: Sequence[Image.Image]) -> int:
+        """How many of a prompt's pictures and videos were calibrated on, as far as that is known."""
+        return sum(digest in self.pictures for digest in seen(prompt, images)) if self.pictures else 0
 
 
 def check_overlap(
     items: Sequence[Item], data: Path, calibration: Path | None, profile: Profile, processor: Any
 ) -> Overlap:
-    """Refuses items that were calibrated on: the same question about the same pictures.
+    """Refuses items that were calibrated on: the same question about the same pictures and videos.
 
     Args:
         items: the items of `data`.
@@ -78,7 +78,7 @@ def check_overlap(
 def is_data_of(profile: Profile, path: Path, processor: Any) -> bool:
     """Whether a profile was made from the first multi-image prompts of a file, by its hash."""
     provenance = profile.provenance
-    telling = [prompt for prompt in read_prompts(path) if len(prompt.images) >= 2]
+    telling = [prompt for prompt in read_prompts(path) if prompt.multi_image]
     if provenance is None or len(telling) < provenance.n_prompts:
         return False
     ids: set[str] = set()
@@ -98,7 +98,7 @@ def _compare(items: Sequence[Item], data: Path, calibration: Path) -> Overlap:
     for prompt in prompts:
         images = open_images(prompt, calibration)
         prompts_seen.add(digest(prompt, images))
-        pictures.update(picture_digest(image) for image in images)
+        pictures.update(seen(prompt, images))
         questions.add(prompt.question)
     suspects = [item.prompt for item in items if item.prompt.question in questions]
     same = [prompt.line for prompt in suspects if digest(prompt, open_images(prompt, data)) in prompts_seen]

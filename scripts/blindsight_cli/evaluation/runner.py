@@ -14,8 +14,7 @@ from blindsight_cli.backends import Answer, Backend, Prompt
 from blindsight_cli.evaluation.items import Item, digest
 from blindsight_cli.evaluation.overlap import Overlap
 from blindsight_cli.evaluation.samples import Arm, Sample, SampleFile
-from blindsight_cli.loading import ask
-from blindsight_cli.prompt_file import open_images
+from blindsight_cli.prompt_file import as_inputs, open_images
 from shared_profiles import Layout
 from shared_profiles.measured import divergence_of_one
 from shared_profiles.profile import Profile
@@ -59,7 +58,7 @@ def evaluate(
         file: where the samples go.
 
     Raises:
-        ValueError: a picture cannot be read, a prompt does not suit the model, or it gives no probabilities; the
+        ValueError: a file cannot be read, a prompt does not suit the model, or it gives no probabilities; the
             message names the line.
     """
     timed = set(np.linspace(0, len(items) - 1, min(asking.timed, len(items))).round().astype(int).tolist())
@@ -83,7 +82,8 @@ class _Session:
     def sample(self, item: Item, data: Path, *, sparse_first: bool, timed: bool) -> Sample:
         """One item, answered by both arms in the given order."""
         images = open_images(item.prompt, data)
-        inputs = ask(self.processor, images, item.question(self.asking.letters), self.model.device)
+        question = item.question(self.asking.letters)
+        inputs = as_inputs(item.prompt, data, images, question, self.processor, self.model.device)
         (layout,) = self.model.facts.layouts(inputs)
         order = [self.profile, None] if sparse_first else [None, self.profile]
         answers = {p is None: self.model.answer(inputs, p, self.asking.max_new_tokens) for p in order}
@@ -97,7 +97,7 @@ class _Session:
             dense=self._arm(item, dense, layout, None),
             sparse=self._arm(item, sparse, layout, self.profile if sparse.ran == "sparse" else None),
             kl=divergence_of_one(dense.log_probs, sparse.log_probs),
-            n_seen=self.overlap.n_seen(images),
+            n_seen=self.overlap.n_seen(item.prompt, images),
             seconds=self._seconds(inputs, order) if timed else (),
         )
 

@@ -52,12 +52,12 @@ class Sample(Record):
 
     Attributes:
         line: of the file of items.
-        digest: of question and pictures.
+        digest: of question, pictures and videos.
         expected: the right answer, in normal form.
         n_tokens, n_images: of the prompt.
         dense, sparse: the answers.
         kl: KL(dense || sparse) of the distribution of the answer's first token, in nats.
-        n_seen: its pictures that are among those of the calibration.
+        n_seen: its pictures and videos that are among those of the calibration.
         seconds: of one dense and one sparse prefill; none where they were not timed.
     """
 

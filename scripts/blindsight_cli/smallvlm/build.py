@@ -101,20 +101,19 @@ def make_processor(family: str = "qwen2_5_vl") -> Any:
 
 
 def _qwen_processor(processor: type[Any]) -> Any:
-    pixels = IMAGE_SIZE**2
-    template = chat_template(VISION_START + IMAGE_PAD + VISION_END)
-    image_processor = Qwen2VLImageProcessor(
+    template = chat_template(*(VISION_START + pad + VISION_END for pad in (IMAGE_PAD, VIDEO_PAD)))
+    look: dict[str, Any] = dict(
         patch_size=PATCH_SIZE,
         merge_size=MERGE_SIZE,
         temporal_patch_size=2,
-        size={"shortest_edge": pixels, "longest_edge": pixels},
+        size={"shortest_edge": IMAGE_SIZE**2, "longest_edge": IMAGE_SIZE**2},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
     return processor(
-        image_processor=image_processor,
+        image_processor=Qwen2VLImageProcessor(**look),
         tokenizer=make_tokenizer(template, additional_special_tokens=list(SPECIAL[1:2] + SPECIAL[3:])),
-        video_processor=Qwen2VLVideoProcessor(patch_size=PATCH_SIZE, merge_size=MERGE_SIZE),
+        video_processor=Qwen2VLVideoProcessor(**look, cap_pixels_per_frame=False),
         chat_template=template,
     )
 

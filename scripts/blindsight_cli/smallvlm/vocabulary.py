@@ -44,9 +44,10 @@ _CHAT_TEMPLATE = (
 )
 
 
-def chat_template(picture: str) -> str:
-    """The chat template of a family whose processor looks for the text `picture` where a picture goes."""
-    return _CHAT_TEMPLATE.replace("PICTURE", picture)
+def chat_template(picture: str, video: str | None = None) -> str:
+    """The chat template of a family whose processor looks for these texts where a picture and a video go."""
+    more = "" if video is None else f"{{% elif part.type == 'video' %}}{video}"
+    return _CHAT_TEMPLATE.replace("PICTURE", picture + more)
 
 
 def make_tokenizer(template: str, **names: Any) -> PreTrainedTokenizerFast:

@@ -1,0 +1,91 @@
+"""Video files as frames, read by PyAV: which of them is up to the checkpoint's own processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from transformers.video_utils import VideoMetadata
+
+FPS = 2.0
+"""Frames a second where neither the prompt nor the checkpoint says: what Qwen's own tools take."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """The frames that a model gets of a video.
+
+    Attributes:
+        frames: `[n, height, width, 3]` uint8, RGB, turned as the camera says.
+        metadata: of the whole video, and which of its frames these are.
+    """
+
+    frames: np.ndarray
+    metadata: VideoMetadata
+
+
+def load_video(path: Path, processor: Any, fps: float | None = None) -> Video:
+    """Reads the frames of a video that a checkpoint's processor chooses.
+
+    Args:
+        path: a file that PyAV can read.
+        processor: the checkpoint's.
+        fps: frames a second; fewer of a long video, as its processor limits their number. Default: what the checkpoint
+            says, else `FPS`.
+
+    Raises:
+        ValueError: the family takes no videos, the file cannot be read as a video, or is too short for two groups of
+            frames.
+    """
+    taker = getattr(processor, "video_processor", None)
+    if taker is None:
+        raise ValueError(f"{type(processor).__name__} takes no videos: give pictures. Got {path}.")
+    with _open_video(path) as video:
+        stream = video.streams.video[0]
+        # Not what the file's head says, which counts frames that are cut off, too, or is not there.
+        n = sum(packet.size > 0 and not packet.is_discard for packet in video.demux(stream))
+        if n < 2 * taker.temporal_patch_size or not stream.average_rate:
+            raise ValueError(f"{n} frames. There must be {2 * taker.temporal_patch_size} or more; else give pictures")
+        rate = float(stream.average_rate)
+        metadata = VideoMetadata(n, fps=rate, duration=n / rate, video_backend="pyav")
+        metadata.frames_indices = np.asarray(taker.sample_frames(metadata, fps=fps or taker.fps or FPS))
+    wanted = set(metadata.frames_indices.tolist())
+    with _open_video(path) as video:
+        frames = [_pixels(frame) for i, frame in enumerate(video.decode(video=0)) if i in wanted]
+        if len(frames) < len(wanted):
+            raise ValueError(f"{len(wanted)} frames of {n} were to be read, {len(frames)} could be. Convert it")
+    return Video(np.stack(frames), metadata)
+
+
+def check_video(path: Path) -> None:
+    """Looks at the beginning of a video's file only.
+
+    Raises:
+        ValueError: it does not begin like a video.
+    """
+    with _open_video(path):
+        pass
+
+
+def _pixels(frame: av.VideoFrame) -> np.ndarray:
+    """One frame as `[height, width, 3]` uint8."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
+@contextmanager
+def _open_video(path: Path) -> Iterator[Any]:
+    """An open video; whatever goes wrong with it is a ValueError that names it."""
+    try:
+        with av.open(str(path)) as video:
+            if not video.streams.video:
+                raise ValueError("it has no pictures")
+            video.streams.video[0].thread_type = "AUTO"
+            yield video
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
+        raise ValueError(f"a video must be one that PyAV can read. Got {path}: {reason}.") from error

@@ -1,0 +1,232 @@
+"""Video files: which frames a model gets of them, and every command that takes prompts with videos in them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from transformers.video_utils import load_video as load_as_transformers
+from typer.testing import CliRunner, Result
+
+from blindsight_cli.backends.torch_backend import TorchBackend
+from blindsight_cli.commands.demo import SHIPPED_MODEL
+from blindsight_cli.loading import ask, load_processor
+from blindsight_cli.main import app
+from blindsight_cli.prompt_file import PromptLoader, read_prompts
+from blindsight_cli.smallvlm.puzzles import make_puzzle
+from blindsight_cli.videos import load_video
+from shared_profiles import Category
+from shared_profiles.profile import Profile
+from tiny_checkpoints import make_processor
+from torch_blindsight.models import inspect_model
+from torch_blindsight.prompts import read_layouts
+
+# Degrees counterclockwise, and the matrix that an MP4 has for them.
+TURNS = {0: (1, 0, 0, 1), -90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 90: (0, -1, 1, 0)}
+
+
+def save_video(path: Path, n_frames: int, seed: int = 0, rate: int = 10, size: tuple[int, int] = (48, 64)) -> Path:
+    """Saves noise of `size` (height, width) that changes from frame to frame, in the container of the path's suffix."""
+    rng = np.random.default_rng(seed)
+    with av.open(str(path), "w") as video:
+        stream = video.add_stream("mpeg4", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for _ in range(n_frames):
+            coarse = rng.integers(0, 256, (size[0] // 16, size[1] // 16, 3), np.uint8)
+            frame = av.VideoFrame.from_ndarray(coarse.repeat(16, 0).repeat(16, 1), format="rgb24")
+            video.mux(stream.encode(frame))
+        video.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return load_processor(SHIPPED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six prompts of a video, of two with pictures, or of pictures only."""
+    folder, lines = tmp_path_factory.mktemp("data"), []
+    for seed in range(6):
+        puzzle = make_puzzle(3, seed)
+        for i, picture in enumerate(puzzle.images):
+            picture.save(folder / f"{seed}-{i}.png")
+        videos = [f"{seed}.mp4", f"{seed}.mkv"]
+        for name in videos:
+            save_video(folder / name, 40, seed)
+        line: dict[str, Any] = {"question": puzzle.question.text, "answer": puzzle.question.answer}
+        if seed != 1:
+            # Pairs of frames a second apart: transformers 5.17 knows no parts of seconds.
+            line |= {"videos": videos[: 1 + seed % 2], "fps": 2}
+        if seed in (1, 3, 4):
+            line["images"] = [f"{seed}-{i}.png" for i in range(2)]
+        lines.append(line)
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def blindsight(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(("fps", "n_frames"), [(None, 8), (1, 4), (5, 20), (100, 40)])
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
+def test_frames_are_those_that_transformers_takes(
+    suffix: str, fps: float | None, n_frames: int, processor: Any, tmp_path: Path
+) -> None:
+    video = load_video(save_video(tmp_path / f"a.{suffix}", 40), processor, fps)
+    assert video.frames.shape == (n_frames, 48, 64, 3)
+    # An MKV's head does not say how many frames there are, which transformers' reader wants to know.
+    like = save_video(tmp_path / "like.mp4", 40) if suffix == "mkv" else tmp_path / f"a.{suffix}"
+    choose = partial(processor.video_processor.sample_frames, fps=fps or 2)
+    frames, metadata = load_as_transformers(str(like), backend="pyav", sample_indices_fn=choose)
+    np.testing.assert_array_equal(video.frames, frames)
+    assert video.metadata.frames_indices.tolist() == metadata.frames_indices.tolist()
+    assert video.metadata.sampled_fps == metadata.sampled_fps == n_frames / 4
+    assert (video.metadata.total_num_frames, video.metadata.fps, video.metadata.duration) == (40, 10.0, 4.0)
+
+
+def test_the_checkpoint_says_how_many_frames_unless_the_prompt_does(tmp_path: Path) -> None:
+    processor, path = load_processor(SHIPPED_MODEL), save_video(tmp_path / "a.mp4", 40)
+    processor.video_processor.fps = 4
+    assert len(load_video(path, processor).frames) == 16
+    assert len(load_video(path, processor, 1).frames) == 4
+    processor.video_processor.max_frames = 6
+    assert len(load_video(path, processor).frames) == 6
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_frames_are_turned_as_the_camera_says(turn: int, processor: Any, tmp_path: Path) -> None:
+    path = save_video(tmp_path / "a.mp4", 8)
+    upright = load_video(path, processor).frames
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44  # the track's matrix, in 16.16 fixed point
+    a, b, c, d = (x << 16 for x in TURNS[turn])
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    np.testing.assert_array_equal(load_video(path, processor).frames, np.rot90(upright, turn // 90, axes=(1, 2)))
+
+
+def test_what_is_no_video_is_refused(processor: Any, tmp_path: Path) -> None:
+    whole = save_video(tmp_path / "a.mp4", 20).read_bytes()
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    save_video(tmp_path / "short.mp4", 3)
+    with av.open(str(tmp_path / "sound.mp4"), "w") as sound:
+        stream = sound.add_stream("aac", rate=8000)
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        samples.sample_rate = 8000
+        sound.mux([*stream.encode(samples), *stream.encode()])
+    reasons = {"text": "Invalid data", "cut": "Invalid data", "short": "3 frames. There must", "sound": "no pictures"}
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=rf"a video must be one .* Got .*{name}\.mp4: .*{reason}"):
+            load_video(tmp_path / f"{name}.mp4", processor)
+    with pytest.raises(ValueError, match="Gemma3Processor takes no videos: give pictures"):
+        load_video(tmp_path / "a.mp4", make_processor("gemma3"))
+
+
+def test_frames_that_cannot_be_read_are_missed(processor: Any, tmp_path: Path) -> None:
+    path = save_video(tmp_path / "a.avi", 20)
+    content = bytearray(path.read_bytes())
+    last = content.rindex(b"00dc", 0, content.rindex(b"idx1"))
+    size = int.from_bytes(content[last + 4 : last + 8], "little")
+    content[last + 8 : last + 8 + size] = bytes(size)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"20 frames of 20 were to be read, 19 could be|Invalid data"):
+        load_video(path, processor, 10)
+
+
+def test_a_template_that_leaves_videos_out_is_refused(tmp_path: Path) -> None:
+    processor = load_processor(SHIPPED_MODEL)
+    video = load_video(save_video(tmp_path / "a.mp4", 8), processor)
+    processor.chat_template = processor.chat_template.replace("'video'", "'film'")
+    with pytest.raises(ValueError, match="chat template must put videos into the prompt"):
+        ask(processor, [], "What color?", videos=[video])
+
+
+def test_layouts_are_those_that_the_patch_sees(processor: Any, data: Path) -> None:
+    backend = TorchBackend(SHIPPED_MODEL, "auto", "cpu")
+    info = inspect_model(backend.model)
+    n_images = []
+    for inputs in PromptLoader(read_prompts(data), data, processor, "cpu"):
+        (layout,) = backend.facts.layouts(inputs)
+        assert [layout] == read_layouts(inputs, info.family, info.special)[0]
+        n_images.append(layout.n_images)
+    assert n_images == [4, 2, 4, 10, 6, 8]  # four pairs of frames a video
+
+
+def test_every_command_takes_videos(data: Path, tmp_path: Path) -> None:
+    made, in_jax = tmp_path / "torch.json", tmp_path / "jax.json"
+    gammas = ("--gamma-sink", 0.4, "--gamma-intra", 0.4, "--gamma-dense", 0.2)
+    for out, backend in ((made, "torch"), (in_jax, "jax")):
+        options = ("--out", out, *gammas, "--local-block", 8, "--sinks", "0:1", "--limit", 3, "--backend", backend)
+        result = blindsight("calibrate", SHIPPED_MODEL, data, *options)
+        assert result.exit_code == 0 and "skipped" not in result.stderr, result.stderr
+    profiles = Profile.load(made), Profile.load(in_jax)
+    np.testing.assert_array_equal(profiles[0].categories, profiles[1].categories)
+    assert len(np.unique(profiles[0].categories)) > 1
+    sources = [profile.provenance for profile in profiles]
+    assert [source.n_prompts for source in sources if source] == [3, 3]
+    assert len({source.dataset_hash for source in sources if source}) == 1
+
+    line = json.loads(data.read_text().splitlines()[3])
+    asked = [*("--image", data.parent / line["images"][0]), *("--video", data.parent / line["videos"][1]), "--fps", 2]
+    told = []
+    for backend in ("torch", "jax"):
+        result = blindsight(
+            *("run", SHIPPED_MODEL, "--question", line["question"], *asked, "--profile", made, "--compare", "--json"),
+            *("--backend", backend),
+        )
+        assert result.exit_code == 0, result.stderr
+        told.append(json.loads(result.stdout))
+        assert [run["ran"] for run in told[-1]["runs"]] == ["dense", "sparse"]
+        assert (told[-1]["n_images"], told[-1]["n_videos"]) == (1, 1)
+    assert told[0]["n_tokens"] == told[1]["n_tokens"]
+    assert told[0]["kl_nats"] == pytest.approx(told[1]["kl_nats"], rel=1e-2, abs=1e-7)
+    result = blindsight("run", SHIPPED_MODEL, "--question", "What color?", *asked, "--dense")
+    assert "1 image, 1 video (4 pairs of frames)" in result.stdout
+
+    result = blindsight("profile", "retune", made, "--budget", 0.4, "--verify", SHIPPED_MODEL, _others(data, tmp_path))
+    assert result.exit_code == 0, result.stderr
+    result = blindsight("analyze", SHIPPED_MODEL, data, "--out", tmp_path / "page.html", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["n_prompts"] == 6
+
+
+def _others(data: Path, folder: Path) -> Path:
+    """A prompt of a video that is in none of the others."""
+    save_video(folder / "other.mp4", 40, seed=9)
+    path = folder / "others.jsonl"
+    path.write_text(json.dumps({"videos": ["other.mp4"], "question": "What color?"}))
+    return path
+
+
+def test_items_with_videos_are_compared_with_those_calibrated_on(data: Path, tmp_path: Path) -> None:
+    facts = TorchBackend(SHIPPED_MODEL, "auto", "cpu").facts
+    Profile.uniform(Category.SINK, facts.fingerprint).save(tmp_path / "p.json")
+    shutil.copy(data.parent / "0.mp4", tmp_path / "renamed.mp4")
+    save_video(tmp_path / "new.mp4", 40, seed=9)
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    same = {"videos": ["renamed.mp4"], "question": lines[0]["question"], "answer": "yes"}
+    items = [same | {"question": "Another color?"}, same | {"videos": ["new.mp4"]}]
+    options = ("--profile", tmp_path / "p.json", "--calibration", data, "--max-new-tokens", 1, "--timed", 0)
+
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    result = blindsight("eval", SHIPPED_MODEL, path, "--out", tmp_path / "r.json", *options)
+    assert result.exit_code in (0, 1), result.stderr  # 1: no answer is right
+    samples = [json.loads(x) for x in (tmp_path / "r.samples.jsonl").read_text().splitlines()[1:]]
+    assert [(x["n_seen"], x["n_images"], x["sparse"]["ran"]) for x in samples] == [(1, 4, "sparse"), (0, 4, "sparse")]
+
+    path.write_text("".join(json.dumps(item) + "\n" for item in [*items, same]))
+    result = blindsight("eval", SHIPPED_MODEL, path, "--out", tmp_path / "s.json", *options)
+    assert result.exit_code == 2 and "are prompts of" in result.stderr and "lines 3" in result.stderr
