@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 from transformers.video_utils import VideoMetadata
+
+if TYPE_CHECKING:
+    import av
 
 FPS = 2.0
 """Frames a second where neither the prompt nor the checkpoint says: what Qwen's own tools take."""
@@ -80,6 +82,8 @@ def _pixels(frame: av.VideoFrame) -> np.ndarray:
 @contextmanager
 def _open_video(path: Path) -> Iterator[Any]:
     """An open video; whatever goes wrong with it is a ValueError that names it."""
+    import av  # here, as prompts without videos need none
+
     try:
         with av.open(str(path)) as video:
             if not video.streams.video:
