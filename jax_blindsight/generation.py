@@ -6,6 +6,7 @@ and capacity of the cache; sampling once per batch size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,8 @@ from jax_blindsight.params import Params
 from jax_blindsight.prefill import Prefilled, sparse_prefill
 from jax_blindsight.settings import with_own_settings
 from jax_blindsight.sharding import sharded_rows
+
+logger = logging.getLogger("jax_blindsight")
 
 _NEVER = float(np.finfo(np.float32).min)  # a score that softmax makes 0; finite
 
@@ -76,6 +79,8 @@ def generate(
 ) -> np.ndarray:
     """Writes an answer to every prompt of a batch: `sparse_prefill`, then `write`, whose options these are.
 
+    What the prefill was, `Prefilled.how`, goes to the log: logger "jax_blindsight", level INFO.
+
     Args:
         params: weights, configuration and profile, from `load`.
         inputs: the prompts, as for `sparse_prefill`.
@@ -95,6 +100,7 @@ def generate(
     width = np.shape(arrays.get("input_ids", ()))[-1:] or (0,)
     how: dict[str, Any] = dict(dense=dense, break_even=break_even, impl=impl)
     start = sparse_prefill(params, arrays, capacity=width[0] + max_new_tokens, **how)
+    logger.info("the prefill of %d rows ran %s", len(start.logits), start.how)
     return write(params, start, max_new_tokens=max_new_tokens, **options)[0]  # type: ignore[arg-type]
 
 

@@ -149,6 +149,15 @@ def test_turns_after_answers_about_videos(family):
     assert_as_exact(np.concatenate(logits, axis=1), plain, truth)
 
 
+def test_the_log_says_what_the_prefill_was(caplog):
+    params, inputs = twin("qwen2_vl").params, in_numpy(batch("qwen2_vl"))
+    with caplog.at_level("INFO", logger="jax_blindsight"):
+        for options in ({}, {"dense": True}, {"break_even": True}):
+            generate(params, inputs, max_new_tokens=1, **options)
+    told = [f"the prefill of 2 rows ran {how}" for how in ("sparse", "dense: asked for", "dense: too short to gain")]
+    assert caplog.messages == told
+
+
 def test_no_step_compiles_again(monkeypatch):
     params, traces = twin("qwen2_5_vl").params, []
     traced = jax_blindsight.generation.decode
