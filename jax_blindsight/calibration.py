@@ -69,9 +69,9 @@ def calibrate(
         dataset: name of the data, kept in the profile.
         template: sinks and local blocks. Default: that of the statistics in `state` and `merge`; where there are none
             yet, sinks are learned from the first 8 prompts (`shared_profiles.sink_statistics`).
-        budget: allowed KL divergence of the next token in nats, or that and what ranks the heads: `"gradient"`, one
-            backward pass a prompt; `"residual"`, for models too large for one; `"error"`. Default: `Budget()`, unless
-            thresholds are given.
+        budget: allowed KL divergence of the next token in nats, or a `Budget`: that, and what ranks the heads
+            (`"gradient"`, one backward pass a prompt; `"residual"`, for models too large for one; `"error"`), and over
+            how many devices the heads are split where it is served. Default: `Budget()`, unless thresholds are given.
         thresholds: how much a head must retain, to choose by that instead.
         held_out: the share of prompts that a budget is measured on, chosen by their content; or these prompts. They
             stay in memory until the end.
@@ -97,7 +97,7 @@ def calibrate(
     """
     params.require_loaded()
     _check_mesh(params)
-    limit = budget_of(budget, thresholds)
+    limit = budget_of(budget, thresholds, params.config.text.n_heads)
     check_local_block(template, local_block)
     check_dataset(dataset)
     implementation_for(params, impl)  # refuses what cannot be, before any prompt

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from shared_profiles._values import is_number, rounded
+from shared_profiles._values import is_integer, is_number, rounded
 from shared_profiles.categories import Category
 from shared_profiles.classifier import Thresholds, check_quantile, classify
 from shared_profiles.measured import Measure
-from shared_profiles.path import kept_pairs, pairs_of, path_of
+from shared_profiles.path import check_split, kept_pairs, pairs_of, path_of
 from shared_profiles.profile import CurvePoint, Profile
 from shared_profiles.profile_parts import heads_of
 from shared_profiles.summary import RANKINGS, Summary
@@ -36,13 +36,16 @@ class Budget:
         kl: KL divergence from the dense model of the next-token distribution at the answer, in nats: the mean over
             prompts with about equally many images, in whichever such group it is worst.
         ranking: one of `RANKINGS`: what orders the heads.
+        processes: over how many processes or devices the model that is served splits its heads (tensor parallelism). A
+            layer takes as long as the busiest of them, so they are given equally much to do.
 
     Raises:
-        ValueError: the divergence is not a finite number of at least 0, or there is no such ranking.
+        ValueError: the divergence is not a finite number of at least 0, there is no such ranking, or not one process.
     """
 
     kl: float = 0.01
     ranking: str = "gradient"
+    processes: int = 1
 
     def __post_init__(self) -> None:
         if not is_number(self.kl) or not math.isfinite(self.kl) or self.kl < 0:
@@ -50,10 +53,12 @@ class Budget:
         object.__setattr__(self, "kl", rounded(self.kl))
         if self.ranking not in RANKINGS:
             raise ValueError(f"the ranking must be one of {', '.join(RANKINGS)}. Got {self.ranking!r}.")
+        if not is_integer(self.processes, 1):
+            raise ValueError(f"processes must be an integer of at least 1. Got {self.processes!r}.")
 
 
-def budget_of(budget: Budget | float | None, thresholds: Thresholds | None) -> Budget | None:
-    """The budget that the options of a `calibrate` mean; None to choose by thresholds.
+def budget_of(budget: Budget | float | None, thresholds: Thresholds | None, n_heads: int) -> Budget | None:
+    """The budget that the options of a `calibrate` of `n_heads` heads a layer mean; None to choose by thresholds.
 
     Raises:
         ValueError: both are given, the budget cannot be, or statistics do not keep the thresholds' quantile.
@@ -63,7 +68,9 @@ def budget_of(budget: Budget | float | None, thresholds: Thresholds | None) -> B
     if thresholds is not None:
         check_quantile(thresholds)
         return None
-    return budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
+    found = budget if isinstance(budget, Budget) else Budget() if budget is None else Budget(budget)
+    check_split(n_heads, found.processes)
+    return found
 
 
 def rankings_for(budget: Budget | None) -> tuple[str, ...]:
@@ -92,9 +99,10 @@ def tune(profile: Profile, budget: Budget, measure: Measure, *, held_out: str | 
         no head could be made sparse within the budget, so that all are Dense.
 
     Raises:
-        ValueError: the profile has no statistics or not this ranking, or nothing can be measured.
+        ValueError: the profile has no statistics or not this ranking, its heads cannot be split over so many processes,
+            or nothing can be measured.
     """
-    path = path_of(_statistics_of(profile), budget.ranking)
+    path = path_of(_statistics_of(profile), budget.ranking, budget.processes)
     points: dict[int, CurvePoint] = {}
 
     def evaluate(step: int) -> bool:
@@ -113,12 +121,15 @@ def tune(profile: Profile, budget: Budget, measure: Measure, *, held_out: str | 
     points[0] = CurvePoint(1.0, 0.0, agreement=1.0, n_prompts=n_prompts, heads=heads_of(dense))
     curve = tuple(points[step] for step in sorted(points))
     sinks = profile.choice.get("sinks")  # how the template was learned, which stays
-    chosen = _chosen(points[passes], budget.kl, ranking=budget.ranking, held_out=held_out, sinks=sinks)
+    split = _split(profile, points[passes], budget.processes)
+    chosen = _chosen(points[passes], budget.kl, ranking=budget.ranking, held_out=held_out, sinks=sinks, **split)
     return replace(profile, **chosen, curve=curve)
 
 
 def retune(profile: Profile, budget: float) -> Profile:
     """The same from a profile's stored curve: its cheapest measured point within another budget. Nothing is measured.
+
+    What is cheapest is judged for as many processes as the profile was made for.
 
     Raises:
         ValueError: the budget is no finite number of at least 0, or the curve has no point whose categories are known.
@@ -136,9 +147,14 @@ def retune(profile: Profile, budget: float) -> Profile:
             f"the curve must have a point within the budget of {allowed:g} nats. Its points go from "
             f"{min(point.kl for point in known):g} on. Allow more, or measure again with --verify."
         )
-    chosen = min(within, key=lambda point: (point.kept, point.kl))
+    processes = processes_of(profile)
+
+    def cost(point: CurvePoint) -> tuple[float, float]:
+        return _split(profile, point, processes).get("busiest", point.kept), point.kl
+
+    chosen = min(within, key=cost)
     kept = {key: profile.choice[key] for key in ("ranking", "held_out", "sinks") if key in profile.choice}
-    return replace(profile, **_chosen(chosen, allowed, **kept))
+    return replace(profile, **_chosen(chosen, allowed, **kept, **_split(profile, chosen, processes)))
 
 
 def retune_by_thresholds(profile: Profile, thresholds: Thresholds) -> Profile:
@@ -176,6 +192,24 @@ def chosen_point(profile: Profile) -> CurvePoint | None:
     """The measured point of the curve whose categories the profile has; None if these were not measured."""
     heads = heads_of(profile.categories)
     return next((point for point in profile.curve if point.heads == heads), None)
+
+
+def processes_of(profile: Profile) -> int:
+    """Over how many processes a profile's budget was told that the heads are split.
+
+    Raises:
+        ValueError: it says so of no integer.
+    """
+    return Budget(processes=profile.choice.get("processes", 1)).processes
+
+
+def _split(profile: Profile, point: CurvePoint, processes: int) -> dict[str, Any]:
+    """What `choice` says of processes: how many, and the share of its pairs that the busiest computes at a point."""
+    if processes == 1:
+        return {}
+    assert point.categories is not None
+    kept = kept_pairs(point.categories, pairs_of(_statistics_of(profile)), processes)
+    return {"processes": processes, "busiest": rounded(kept)}
 
 
 def _point_of(profile: Profile, categories: np.ndarray, measure: Measure) -> CurvePoint:

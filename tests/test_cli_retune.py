@@ -17,6 +17,7 @@ from blindsight_cli.main import app
 from shared_profiles import Category
 from shared_profiles.budget import Budget, chosen_point, retune
 from shared_profiles.classifier import Thresholds, classify
+from shared_profiles.path import kept_pairs, pairs_of
 from shared_profiles.profile import CurvePoint, Fingerprint, Profile
 from tiny_checkpoints import save_checkpoint, save_prompts
 
@@ -130,6 +131,29 @@ def test_verifying_measures_on_other_prompts(profile: Path, checkpoint: Path, ot
     assert point is not None and point.kl <= 0.05
 
 
+def test_heads_are_chosen_for_several_processes(
+    profile: Path, checkpoint: Path, prompts: Path, others: Path, tmp_path: Path
+) -> None:
+    search = ("--budget", 0.02, "--verify", checkpoint, others)
+    result = blindsight("profile", "retune", profile, *search, "--tensor-parallel", 2)
+    assert result.exit_code == 0, result.stderr
+    made = Profile.load(profile)
+    point = chosen_point(made)
+    assert point is not None and made.summary is not None and made.choice["processes"] == 2
+    busiest = kept_pairs(made.categories, pairs_of(made.summary), 2)
+    assert made.choice["busiest"] == pytest.approx(busiest, rel=1e-5)
+    assert f"{point.kept:.1%} of the pairs kept ({busiest:.1%} by the busiest of 2 processes)" in result.stderr
+    assert "processes 2" in blindsight("profile", "show", profile).stdout
+    assert blindsight("profile", "retune", profile, *search).exit_code == 0
+    assert Profile.load(profile) == made, "for as many as before"
+    assert blindsight("profile", "retune", profile, *search, "--tensor-parallel", 1).exit_code == 0
+    assert not {"processes", "busiest"} & set(Profile.load(profile).choice)
+    out = tmp_path / "new.json"
+    args = ("--out", out, "--budget", 0.02, "--ranking", "error", "--held-out", 0.5, "--tensor-parallel", 4)
+    assert blindsight("calibrate", checkpoint, prompts, *args).exit_code == 0
+    assert Profile.load(out).choice["processes"] == 4
+
+
 def test_what_retune_refuses(profile: Path, checkpoint: Path, prompts: Path, tmp_path: Path) -> None:
     by_hand, before = tmp_path / "hand.json", profile.read_text()
     Profile.uniform(Category.SINK, Fingerprint("qwen2_vl", 4, 4, 2, 16, "sha256:" + "5e" * 32)).save(by_hand)
@@ -142,6 +166,8 @@ def test_what_retune_refuses(profile: Path, checkpoint: Path, prompts: Path, tmp
         (2, "multiple of 0.05", (profile, "--quantile", 0.33)),
         (2, "there is no folder", (profile, "--budget", 1, "--out", tmp_path / "no" / "p.json")),
         (2, "--verify CHECKPOINT PROMPTS", (profile, "--budget", 1, "--ranking", "error")),
+        (2, "--verify CHECKPOINT PROMPTS", (profile, "--budget", 1, "--tensor-parallel", 2)),
+        (2, "must divide", (profile, "--budget", 1, "--verify", checkpoint, prompts, "--tensor-parallel", 3)),
         (2, "must have a measured curve", (by_hand, "--budget", 1)),
         (2, "must hold statistics", (by_hand, "--thresholds")),
         (3, "belong to the model", (by_hand, "--budget", 1, "--verify", checkpoint, prompts)),
@@ -161,6 +187,8 @@ def test_what_calibrate_refuses(checkpoint: Path, prompts: Path, tmp_path: Path)
     out = tmp_path / "p.json"
     for code, message, args in (
         (2, "leave out the others", ("--budget", 0.1, "--gamma-dense", 0.5)),
+        (2, "leave out the others", ("--thresholds", "--tensor-parallel", 2)),
+        (2, "must divide the query heads of a layer. Got 3 for 4", ("--tensor-parallel", 3)),
         (2, "nothing is held out", ("--thresholds", "--held-out", 0.5)),
         (2, "finite number of nats", ("--budget", "nan")),
         (2, "a share of the prompts in (0, 1)", ("--held-out", 1)),

@@ -196,12 +196,12 @@ def test_a_budget_refuses(kl):
 def test_what_a_calibration_is_asked_for():
     """By the options of `calibrate`: a budget unless there are thresholds, and the harm that it takes."""
     mine = Budget(0.2, "residual")
-    assert [budget_of(x, None) for x in (None, 0.2, mine)] == [Budget(), Budget(0.2), mine]
-    assert budget_of(None, Thresholds(quantile=0.25)) is None
+    assert [budget_of(x, None, 8) for x in (None, 0.2, mine)] == [Budget(), Budget(0.2), mine]
+    assert budget_of(None, Thresholds(quantile=0.25), 8) is None
     with pytest.raises(ValueError, match="by a budget or by thresholds"):
-        budget_of(0.2, Thresholds())
+        budget_of(0.2, Thresholds(), 8)
     with pytest.raises(ValueError, match=r"multiple of 0\.05 in \[0, 1\]\. Got 0\.33"):
-        budget_of(None, Thresholds(quantile=0.33))
+        budget_of(None, Thresholds(quantile=0.33), 8)
     assert [rankings_for(x) for x in (None, Budget(ranking="error"), mine)] == [(), (), ("residual",)]
     assert rankings_for(Budget()) == ("gradient", "residual")
 

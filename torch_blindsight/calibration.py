@@ -74,9 +74,9 @@ def calibrate(
         dataset: name of the data, kept in the profile.
         template: sinks and local blocks. Default: that of the statistics in `state` and `merge`; where there are none
             yet, sinks are learned from the first 8 prompts (`shared_profiles.sink_statistics`).
-        budget: allowed KL divergence of the next token in nats, or that and what ranks the heads: `"gradient"`, one
-            backward pass a prompt; `"residual"`, for models too large for one; `"error"`. Default: `Budget()`, unless
-            thresholds are given.
+        budget: allowed KL divergence of the next token in nats, or a `Budget`: that, and what ranks the heads
+            (`"gradient"`, one backward pass a prompt; `"residual"`, for models too large for one; `"error"`), and over
+            how many processes the model is split where it is served. Default: `Budget()`, unless thresholds are given.
         thresholds: how much a head must retain, to choose by that instead.
         held_out: the share of prompts that a budget is measured on, chosen by their content; or these prompts. They
             stay in the CPU's memory until the end.
@@ -103,10 +103,10 @@ def calibrate(
     """
     if getattr(model, HANDLE, None) is not None:
         raise ValueError("the model must not be patched while it is calibrated. Call unpatch() on its handle first.")
-    limit = budget_of(budget, thresholds)
+    info = inspect_model(model)
+    limit = budget_of(budget, thresholds, info.n_heads)
     check_local_block(template, local_block)
     check_dataset(dataset)
-    info = inspect_model(model)
     info.require_all_heads("calibration")
     if "gradient" in rankings_for(limit) and any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(

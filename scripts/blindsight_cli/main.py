@@ -38,6 +38,7 @@ from blindsight_cli.options import (
     ProfileOption,
     Quantile,
     Ranking,
+    TensorParallel,
     ThresholdsOption,
     Videos,
     typed_thresholds,
@@ -161,6 +162,7 @@ def calibrate(
             show_default="0.25",
         ),
     ] = None,
+    tensor_parallel: TensorParallel = None,
     thresholds: ThresholdsOption = False,
     gamma_sink: GammaSink = None,
     gamma_intra: GammaIntra = None,
@@ -190,11 +192,13 @@ def calibrate(
     from shared_profiles.split import HELD_OUT
 
     gammas = typed_thresholds(thresholds, gamma_sink, gamma_intra, gamma_dense, alpha_first, alpha_last, quantile)
-    if gammas is not None and (budget is not None or ranking is not None):
+    if gammas is not None and any(option is not None for option in (budget, ranking, tensor_parallel)):
         raise typer.BadParameter("choose by --budget or by thresholds: leave out the others.")
     if gammas is not None and held_out is not None:
         raise typer.BadParameter("--held-out is for budgets: with thresholds nothing is held out. Leave it out.")
-    found_by = gammas or Budget(Budget.kl if budget is None else budget, ranking or Budget.ranking)
+    found_by = gammas or Budget(
+        Budget.kl if budget is None else budget, ranking or Budget.ranking, tensor_parallel or Budget.processes
+    )
     return run_calibrate(
         checkpoint=checkpoint,
         data=data,

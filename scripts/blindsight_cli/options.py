@@ -45,6 +45,12 @@ Fps = Annotated[
     typer.Option(help="Frames taken of a second of video.", min=0.01, show_default="the checkpoint's own, else 2"),
 ]
 Ranking = Literal["gradient", "residual", "error"]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(
+        help="Over how many GPUs the model that is served splits its heads: all of them get equally much to do.", min=1
+    ),
+]
 ThresholdsOption = Annotated[
     bool,
     typer.Option("--thresholds", help="Choose by retained mass instead; so do the gammas, alphas and the quantile."),

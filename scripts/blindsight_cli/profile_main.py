@@ -20,6 +20,7 @@ from blindsight_cli.options import (
     ProfileFile,
     Quantile,
     Ranking,
+    TensorParallel,
     ThresholdsOption,
     typed_thresholds,
 )
@@ -90,6 +91,7 @@ def retune(
             show_default="what ordered them before, else the best there is",
         ),
     ] = None,
+    tensor_parallel: TensorParallel = None,
     out: Annotated[Path | None, typer.Option(help="The new profile.", show_default="in place of the old one")] = None,
     backend: Backend = "torch",
     device: Device = None,
@@ -106,6 +108,7 @@ def retune(
         path=file,
         how=how,
         ranking=ranking,
+        tensor_parallel=tensor_parallel,
         verify_with=verify,
         out=out,
         backend=backend,

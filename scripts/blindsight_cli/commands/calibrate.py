@@ -207,9 +207,11 @@ def tell_choice(profile: Profile) -> None:
         assert point.agreement is not None
         assert point.n_prompts is not None
         low = least_agreement(point.agreement, point.n_prompts)
+        processes, busiest = profile.choice.get("processes"), profile.choice.get("busiest", 0.0)
+        split = f" ({busiest:.1%} by the busiest of {processes} processes)" if processes else ""
         note(
             f"measured on {point.n_prompts} held-out prompts: KL {point.kl:.2g} of the {profile.choice['budget']:g} "
-            f"nats allowed (worst with {span(point.n_images)} images), {point.kept:.1%} of the pairs kept, "
+            f"nats allowed (worst with {span(point.n_images)} images), {point.kept:.1%} of the pairs kept{split}, "
             f"{point.agreement:.1%} of the next tokens the same (95% interval: at least {low:.1%})"
         )
         if low < _SURE:

@@ -21,8 +21,9 @@ from blindsight_cli.held_out import HeldOut
 from blindsight_cli.loading import load_processor
 from blindsight_cli.output import note, print_json, results
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
-from shared_profiles.budget import Budget, chosen_point, retune, retune_by_thresholds, tune, verify
+from shared_profiles.budget import Budget, chosen_point, processes_of, retune, retune_by_thresholds, tune, verify
 from shared_profiles.classifier import Thresholds, check_quantile
+from shared_profiles.path import check_split
 from shared_profiles.profile import Profile
 
 
@@ -31,6 +32,7 @@ def run_retune(
     path: Path,
     how: float | Thresholds,
     ranking: str | None,
+    tensor_parallel: int | None,
     verify_with: tuple[Path, Path] | None,
     out: Path | None,
     backend: BackendName,
@@ -43,6 +45,7 @@ def run_retune(
         path: the profile.
         how: a budget in nats, or thresholds.
         ranking: what orders the heads of a new search; default: what ordered them before, else the best there is.
+        tensor_parallel: over how many processes a new search splits the heads; default: as before.
         verify_with: a checkpoint folder and a JSONL file of prompts that the profile was not made from.
         out: where the new profile goes; default: in place of the old one.
         backend, device: how the checkpoint is loaded.
@@ -62,12 +65,16 @@ def run_retune(
         check_quantile(how, "--quantile")
     else:
         Budget(how)  # refuses what is none, before the model is loaded
-    if ranking is not None and (verify_with is None or not isinstance(how, float)):
-        raise ValueError("--ranking orders the heads of a new search: give --budget and --verify CHECKPOINT PROMPTS.")
+        check_split(profile.fingerprint.n_heads, tensor_parallel or 1)
+    if (ranking or tensor_parallel) and (verify_with is None or not isinstance(how, float)):
+        raise ValueError(
+            "--ranking and --tensor-parallel order the heads of a new search: give --budget and --verify CHECKPOINT "
+            "PROMPTS."
+        )
     if verify_with is None:
         new = _stored(profile, how)
     else:
-        new = _measured(profile, how, ranking, *verify_with, backend, device)
+        new = _measured(profile, how, ranking, tensor_parallel, *verify_with, backend, device)
         out = spared(out, new)
     new.save(out)
     _tell(new, out, as_json=as_json)
@@ -92,6 +99,7 @@ def _measured(
     profile: Profile,
     how: float | Thresholds,
     ranking: str | None,
+    tensor_parallel: int | None,
     checkpoint: Path,
     data: Path,
     backend: BackendName,
@@ -106,7 +114,8 @@ def _measured(
         raise ValueError(f"{data}: a profile must be verified on other prompts than it was made from. Name another.")
     if isinstance(how, Thresholds):
         return verify(retune_by_thresholds(profile, how), held, held_out=held.digest)
-    return tune(profile, Budget(how, ranking or _ranking(profile)), held, held_out=held.digest)
+    budget = Budget(how, ranking or _ranking(profile), tensor_parallel or processes_of(profile))
+    return tune(profile, budget, held, held_out=held.digest)
 
 
 def _ranking(profile: Profile) -> str:
