@@ -149,7 +149,8 @@ def test_a_template_that_leaves_videos_out_is_refused(tmp_path: Path) -> None:
     processor = load_processor(SHIPPED_MODEL)
     video = load_video(save_video(tmp_path / "a.mp4", 8), processor)
     processor.chat_template = processor.chat_template.replace("'video'", "'film'")
-    with pytest.raises(ValueError, match="chat template must put videos into the prompt"):
+    # Later transformers see it themselves.
+    with pytest.raises(ValueError, match=r"must put videos into the prompt|total 0 <\|video_pad\|> tokens"):
         ask(processor, [], "What color?", videos=[video])
 
 
