@@ -53,9 +53,12 @@ def test_tests_of_a_file_share_a_worker(tmp_path, monkeypatch):
     def begin(command, log, environment):
         log.touch()
         asked.append(command)
+        # Workers would share it: JAX warns of a program that another is writing, and warnings are errors.
+        assert "JAX_COMPILATION_CACHE_DIR" not in environment
         return argparse.Namespace(wait=lambda end: 5)
 
     monkeypatch.setattr(correctness, "Logged", begin)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     results = import_module("blindsight_gpu.results").Results(tmp_path / "x.json", "x", {}, dry_run=False, seconds=9)
     assert "no test ran" in correctness._suite(results, measure.Place(dry_run=False))["failure"]
     assert asked[0][asked[0].index("--dist") + 1] == "loadfile"
