@@ -6,7 +6,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -280,16 +279,6 @@ def test_a_row_that_breaks_its_process_costs_no_other_row(run_part, tmp_path):
     assert [case for case, failure in failures.items() if failure is None] == ["one", "two", "three", "four"]
     assert not document["complete"]
     assert document["running"] is None
-
-
-def test_a_process_ends_without_what_libraries_do_at_its_end(tmp_path):
-    """Which may crash, so that the status was another, or hang to the part's limit."""
-    path = tmp_path / "gpu-sanitizer.json"
-    arguments = ["", "sanitizer", str(path), str(time.monotonic() + 99), "--dry-run", "--command", ""]
-    program = f"import atexit, os, runpy, sys; sys.argv = {arguments}; atexit.register(os._exit, 9)\n"
-    done = python("-c", program + "runpy.run_module('blindsight_gpu', run_name='__main__')")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert load(tmp_path, "sanitizer")["complete"] and "compute-sanitizer: " in done.stdout
 
 
 def test_a_row_stopped_at_its_parts_limit_has_failed(tmp_path, monkeypatch):
