@@ -19,9 +19,9 @@ import torch
 import tree_scripts  # puts `scripts` on the path
 from shared_profiles import Category, category_mask
 
-clocks, correctness, machine, measure, peers, processes, profile, prompts = (
+clocks, correctness, machine, measure, peers, processes, profile, prompts, results = (
     import_module(f"blindsight_gpu.{name}")
-    for name in ("clocks", "correctness", "machine", "measure", "peers", "processes", "profile", "prompts")
+    for name in ("clocks", "correctness", "machine", "measure", "peers", "processes", "profile", "prompts", "results")
 )
 
 
@@ -53,9 +53,12 @@ def test_tests_of_a_file_share_a_worker(tmp_path, monkeypatch):
     def begin(command, log, environment):
         log.touch()
         asked.append(command)
+        # Workers would share it: JAX warns of a program that another is writing, and warnings are errors.
+        assert "JAX_COMPILATION_CACHE_DIR" not in environment
         return argparse.Namespace(wait=lambda end: 5)
 
     monkeypatch.setattr(correctness, "Logged", begin)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     results = import_module("blindsight_gpu.results").Results(tmp_path / "x.json", "x", {}, dry_run=False, seconds=9)
     assert "no test ran" in correctness._suite(results, measure.Place(dry_run=False))["failure"]
     assert asked[0][asked[0].index("--dist") + 1] == "loadfile"
@@ -278,3 +281,31 @@ def test_flex_attention_is_compiled_for_each_length(monkeypatch):
     peers._compiled()
     peers._compiled.cache_clear()
     assert asked == [{"dynamic": False}]
+
+
+def test_a_process_ends_without_what_libraries_do_at_its_end(tmp_path):
+    """Which may crash, so that the status was another, or hang to the part's limit."""
+    path = tmp_path / "gpu-sanitizer.json"
+    arguments = ["", "sanitizer", str(path), str(time.monotonic() + 99), "--dry-run", "--command", ""]
+    program = f"import atexit, os, runpy, sys; sys.argv = {arguments}; atexit.register(os._exit, 9)\n"
+    done = tree_scripts.python("-c", program + "runpy.run_module('blindsight_gpu', run_name='__main__')")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results.read(path)["complete"] and "compute-sanitizer: " in done.stdout
+
+
+def test_attention_that_breaks_alone_costs_no_prefill(monkeypatch):
+    jax_model = import_module("blindsight_gpu.jax_model")
+
+    def fail(*_):
+        raise MemoryError("does not fit")
+
+    done = argparse.Namespace(logits=(), how="sparse", impl="pallas")
+    for name, stand_in in (
+        ("make_params", lambda *_: None),
+        ("sparse_prefill", lambda *_, **__: done),
+        ("Inputs", fail),
+    ):
+        monkeypatch.setattr(jax_model, name, stand_in)
+    place = measure.Place(dry_run=True)
+    row = jax_model._prefill(jax_model.sizes(place)[0], 128, False, place)
+    assert row["seconds"] >= 0 and row["attention_note"] == "failed: MemoryError: does not fit"

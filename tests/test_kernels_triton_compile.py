@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import contextmanager
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -152,6 +155,39 @@ def test_products_are_added_in_one_instruction_whatever_is_the_default(monkeypat
     launch_both(monkeypatch, lambda q, options: asked.append(options))
     assert [options["enable_fp_fusion"] for options in asked] == [True, True]
     assert asked[0]["PRECISION"] == "ieee"  # float32
+
+
+@pytest.mark.skipif(triton.__version__ != "3.6.0", reason="looks into Triton 3.6")
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 2, 200, 128), "bf16"), ((2, 2, 200, 64), "fp32")], ids=["tma", "pointers"]
+)
+def test_a_launch_compiles_what_the_table_is_of(monkeypatch, shape, dtype):
+    """The very same sources: what a launch has compiled, Triton's cache has for whoever reads its machine code."""
+    sources = []
+
+    def record(source, **_):
+        sources.append((source.hash(), source.fn))
+        return MagicMock()
+
+    here = dict(get_current_device=lambda: 0, get_current_stream=lambda device: 0)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: target, **here))
+    for kernel in (triton_prefill.prefill_kernel, triton_prefill.merge_kernel):
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    monkeypatch.setattr(triton.compiler, "compile", record)
+    monkeypatch.setattr(triton, "compile", record)
+    monkeypatch.setattr(triton_prefill, "check_support", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_compile, "read_cubin", lambda *_: ("", None))
+    layout = Layout(200, 0, 200, np.array([[4, 5, 20, 20]]))
+    q = torch.zeros(shape, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    triton_prefill.triton_attention(
+        q, q, q, [layout] * len(q), [Category.SINK] * 2, SinkTemplate(), scale=1.0, max_keys=32
+    )
+    for merge in (False, True):
+        compile_kernel(90, shape[3], dtype, merge)
+    assert len(sources) == 4 and sources[:2] == sources[2:]
 
 
 def test_interpreted_kernels_are_not_compiled():

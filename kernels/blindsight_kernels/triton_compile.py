@@ -163,12 +163,10 @@ def compile_kernel(
             aligned.append((i,))
         elif isinstance(signature[name], tuple):
             aligned += [(i, j) for j in range(len(signature[name]))]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs=constants,
-        attrs={index: [["tt.divisibility", 16]] for index in aligned},
-    )
+    attrs: dict[tuple[int, ...], list] = {index: [["tt.divisibility", 16]] for index in aligned}
+    if not merge:
+        attrs[(kernel.arg_names.index("PRECISION"),)] = []  # as of a launch, whose program is then this one, cached
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=FP_FUSION)
     compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
     return Compiled(compiled.asm["ptx"], *read_cubin(compiled.asm["cubin"], compiled.metadata.shared))

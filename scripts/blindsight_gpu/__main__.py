@@ -65,4 +65,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+    except SystemExit as end:  # behind a row, or the arguments were wrong
+        status = int(end.code or 0)
+    # At once: all is saved, and what torch and JAX do at a process's end, in threads of their own, may crash or hang.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

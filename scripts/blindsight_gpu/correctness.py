@@ -53,7 +53,9 @@ def _suite(results: Results, place: Place) -> Row:
         # By file, as the suite's own groups are: pytest 9.2 loses those, and every worker would compile everything.
         command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
     command += [str(path.relative_to(ROOT)) for path in files]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Nor JAX's cache: the files share next to no programs, and one that a worker is writing reads as a warning.
+    without = ("TRITON_INTERPRET", "JAX_COMPILATION_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in without}
     environment["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
     status = Logged(command, log, environment).wait(results.deadline)
     row = {"command": " ".join(command[1:]), **read_log(log.read_text(encoding="utf-8", errors="replace"))}

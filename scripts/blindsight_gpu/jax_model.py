@@ -27,7 +27,7 @@ from blindsight_gpu.model import DENSE_SHARE
 from blindsight_gpu.models import Size, make_config, make_prompt, n_image_tokens, n_images, sizes
 from blindsight_gpu.pallas import Inputs
 from blindsight_gpu.prompts import TEMPLATE, lengths, mixed
-from blindsight_gpu.results import Cases, Results, Row
+from blindsight_gpu.results import Cases, Results, Row, note_of
 from jax_blindsight import Params, sparse_prefill
 from jax_blindsight.buckets import bucket
 from jax_blindsight.calibration import measure
@@ -146,8 +146,11 @@ def _prefill(size: Size, n_tokens: int, dense: bool, place: Place) -> Row:
     }
     done = None
     if not dense and size.window is None:  # all layers are alike
-        call, _ = Inputs(size.shape, n_tokens, place).mixed(mixed(size.heads, DENSE_SHARE))
-        row["attention_share"] = size.layers * seconds_per_jax_call(call, place) / seconds
+        try:
+            call, _ = Inputs(size.shape, n_tokens, place).mixed(mixed(size.heads, DENSE_SHARE))
+            row["attention_share"] = size.layers * seconds_per_jax_call(call, place) / seconds
+        except Exception as error:  # kept in the row: the prefill's own figures stay
+            row["attention_note"] = note_of(error)
     return row
 
 

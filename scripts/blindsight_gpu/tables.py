@@ -279,7 +279,7 @@ def _jax_model(rows: list[Row]) -> str:
                 _number(dense, "seconds", note=dense.get("note", "")),
                 _number(sparse, "seconds", note=sparse.get("note", "")),
                 _number(both, "ratio", "{:.2f}x"),
-                _number(sparse, "attention_share", "{:.0%}"),
+                _number(sparse, "attention_share", "{:.0%}", note=sparse.get("attention_note", "")),
                 _number(sparse, "compile_s", "{:.0f}"),
                 _number(sparse, "peak_gib", "{:.0f}"),
                 _number(found.get("calibration", {}), "seconds"),
