@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -155,6 +156,7 @@ def test_samples_are_kept_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "r.samples.jsonl"
     with SampleFile(path, RUN) as file:
         file.add(sample(1))
+        assert path.read_bytes().count(b"\n") == 2, "there at once: the process may be killed"
         file.add(sample(2, seconds=(1.0, 0.5)))
     whole = path.read_bytes()
     ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
@@ -191,11 +193,14 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path: Path) -> None:
         assert path.read_bytes() == content
 
 
-def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with SampleFile(tmp_path / "s.jsonl", RUN) as file:
         file._file.close()
         file._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  # closed with the other
         with pytest.raises(OSError, match=r"No space left on device: '.*s\.jsonl'"):
+            file.add(sample(1))
+        monkeypatch.setattr(file, "_file", SimpleNamespace(write=lambda line: len(line) - 1, close=file._file.close))
+        with pytest.raises(OSError, match=r"s\.jsonl could not be written whole"):
             file.add(sample(1))
 
 

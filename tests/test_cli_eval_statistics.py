@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from blindsight_cli.evaluation.statistics import Z_95, PairedCounts, wilson
+from blindsight_cli.evaluation.statistics import Z_95, PairedCounts, least_agreement, wilson
 
 small = st.integers(0, 60)
 tables = st.tuples(small, small, small, small).filter(any).map(lambda counts: PairedCounts(*counts))
@@ -45,6 +45,8 @@ def test_wilson_is_scipys(right: int, wrong: int) -> None:
     ours = wilson(right, right + wrong)
     theirs = binomtest(right, right + wrong).proportion_ci(method="wilson")
     np.testing.assert_allclose(ours, (theirs.low, theirs.high), atol=1e-12)
+    assert ((ours[0] == 0), (ours[1] == 1)) == (right == 0, wrong == 0)
+    assert least_agreement(right / (right + wrong), right + wrong) == ours[0]
 
 
 @given(tables)
