@@ -208,7 +208,9 @@ def test_items_that_were_calibrated_on_are_refused(untrained: Path, tmp_path: Pa
     prompts = save_prompts(data, (2, 3, 2))
     first, second, third = prompts.read_text().splitlines()
     calibration, items = data / "calibration.jsonl", data / "others.jsonl"
-    calibration.write_text(f"{first}\n{second}\n")
+    lone = json.dumps({**json.loads(first), "images": ["0-0.png"]})  # shows a calibration nothing
+    prompts.write_text(f"{first}\n{lone}\n{second}\n{third}\n")
+    calibration.write_text(f"{first}\n{lone}\n{second}\n")
     made = tmp_path / "p.json"
     result = blindsight("calibrate", untrained, calibration, "--out", made, "--gamma-dense", 0.3, "--local-block", 8)
     assert result.exit_code == 0, result.stderr
@@ -228,7 +230,8 @@ def test_items_that_were_calibrated_on_are_refused(untrained: Path, tmp_path: Pa
     assert result.exit_code == 2 and "1 of" in result.stderr and "lines 2" in result.stderr
     assert not out.exists() and not out.with_suffix(".samples.jsonl").exists()
 
-    items.write_text(f"{third}\n{json.dumps(shares)}\n")
+    asks = {**json.loads(third), "question": json.loads(first)["question"]}  # the same, about other pictures
+    items.write_text("\n".join([third, json.dumps(shares), json.dumps(asks)]))
     told = evaluated(untrained, items, made, out, "--calibration", calibration, "--max-new-tokens", 2, code=1)
     assert told["overlap"]["checked"] and "made from it, by its hash" in told["overlap"]["told"]
     assert told["n_with_calibration_pictures"] == 1

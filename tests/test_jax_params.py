@@ -118,6 +118,7 @@ def test_a_profile_is_found_beside_the_checkpoint(tiny):
     assert load(folder).profile is None
     profile.save(folder / FILE_NAME)
     assert load(folder).profile == profile
+    assert load(folder, search=False).profile is None
     dense = Profile.uniform(Category.DENSE, profile.fingerprint)
     assert load(folder, dense).profile == dense  # a given one goes before
     dense.save(folder / "other.json")

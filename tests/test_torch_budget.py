@@ -32,6 +32,7 @@ from torch_blindsight.gradient import GradientMode, measure_with_gradient
 from torch_blindsight.handle import Handle
 from torch_blindsight.implementations import implementation
 from torch_blindsight.models import inspect_model
+from torch_blindsight.prompts import Dense
 from torch_blindsight.residual import ResidualStream
 from torch_blindsight.sinks import measure_sinks
 
@@ -358,6 +359,14 @@ def test_the_reference_is_the_unpatched_model_and_needs_no_mask(family, monkeypa
         np.testing.assert_allclose(log_probs, want[name], rtol=0, atol=1e-5)
     assert not measure(np.zeros_like(profile.categories)).kl.any()
     assert measure(profile.categories).kl.all()
+
+    def dense(*_):
+        raise Dense("of no use")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(held_out.SparseMode, "prefill", dense)
+    with pytest.raises(RuntimeError, match=r"all 2 held-out prompts must have run sparse. Got {'dense: of no use': 2}"):
+        measure(profile.categories)
 
 
 def test_held_out_prompts_wait_on_the_cpu(monkeypatch):
