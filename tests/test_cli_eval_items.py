@@ -58,6 +58,7 @@ VERDICTS = [
     (("1", "-1"), "-1", "-1"),
     (("?", "!"), "!", "!"),
     ((), " The  Cat. ", "the cat"),
+    ((), "Stra\N{LATIN SMALL LETTER SHARP S}e", "strasse"),
     ((), "", None),
     ((), " \n", None),
 ]
@@ -191,6 +192,10 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             SampleFile(path, RUN | {"timed": 4} if "timed" in message else RUN)
         assert path.read_bytes() == content
+    path.write_bytes(good)
+    for run, message in ((RUN | {"new": 1}, "new: there None, here 1"), ({}, "items: .*; timed: there 3, here None")):
+        with pytest.raises(ValueError, match=f"It is of another: {message}"):
+            SampleFile(path, run)
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
