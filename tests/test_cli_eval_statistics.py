@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
@@ -39,6 +39,8 @@ def test_mcnemar_of_many_pairs() -> None:
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
+@example(0, 27)  # where the formula is a rounding below 0
+@example(10, 0)
 def test_wilson_is_scipys(right: int, wrong: int) -> None:
     if right + wrong == 0:
         return
