@@ -111,7 +111,7 @@ def test_a_model_is_measured_layer_by_layer(family, monkeypatch):
         return attend(self, prefill, layer, q, k, v, scale, window)
 
     monkeypatch.setattr(sinks.SinkMode, "attend", spy)
-    prompts = [make_inputs(family, [make_ids(n, seed=n)], seed=n) for n in (1, 4)]
+    prompts = [make_inputs(family, [make_ids(n, seed=n)], seed=n) for n in (1, 4, 1)]
     (reading,) = measure_sinks(model, prompts, reach=REACH)
     mass = reading.mass
     assert mass.own.shape == (4, 4)
