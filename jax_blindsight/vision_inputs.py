@@ -82,7 +82,7 @@ def _prepare_qwen(
 
     side = (vision.window_size or 0) // vision.merge // vision.patch_size  # in tokens
     window = side**2 * vision.merge_unit
-    n_padded = max(bucket(n), window)
+    n_padded = bucket(n)
     n_padded += -n_padded % vision.merge_unit
     rows, windows = np.arange(n), None
     if window:

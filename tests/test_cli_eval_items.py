@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -57,6 +58,7 @@ VERDICTS = [
     (("1", "-1"), "-1", "-1"),
     (("?", "!"), "!", "!"),
     ((), " The  Cat. ", "the cat"),
+    ((), "Stra\N{LATIN SMALL LETTER SHARP S}e", "strasse"),
     ((), "", None),
     ((), " \n", None),
 ]
@@ -155,6 +157,7 @@ def test_samples_are_kept_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "r.samples.jsonl"
     with SampleFile(path, RUN) as file:
         file.add(sample(1))
+        assert path.read_bytes().count(b"\n") == 2, "there at once: the process may be killed"
         file.add(sample(2, seconds=(1.0, 0.5)))
     whole = path.read_bytes()
     ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
@@ -189,13 +192,20 @@ def test_foreign_files_are_refused_and_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             SampleFile(path, RUN | {"timed": 4} if "timed" in message else RUN)
         assert path.read_bytes() == content
+    path.write_bytes(good)
+    for run, message in ((RUN | {"new": 1}, "new: there None, here 1"), ({}, "items: .*; timed: there 3, here None")):
+        with pytest.raises(ValueError, match=f"It is of another: {message}"):
+            SampleFile(path, run)
 
 
-def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with SampleFile(tmp_path / "s.jsonl", RUN) as file:
         file._file.close()
         file._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  # closed with the other
         with pytest.raises(OSError, match=r"No space left on device: '.*s\.jsonl'"):
+            file.add(sample(1))
+        monkeypatch.setattr(file, "_file", SimpleNamespace(write=lambda line: len(line) - 1, close=file._file.close))
+        with pytest.raises(OSError, match=r"s\.jsonl could not be written whole"):
             file.add(sample(1))
 
 

@@ -7,11 +7,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from blindsight_cli.evaluation.statistics import Z_95, PairedCounts, wilson
+from blindsight_cli.evaluation.statistics import Z_95, PairedCounts, least_agreement, wilson
 
 small = st.integers(0, 60)
 tables = st.tuples(small, small, small, small).filter(any).map(lambda counts: PairedCounts(*counts))
@@ -39,12 +39,16 @@ def test_mcnemar_of_many_pairs() -> None:
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
+@example(0, 27)  # where the formula is a rounding below 0
+@example(10, 0)
 def test_wilson_is_scipys(right: int, wrong: int) -> None:
     if right + wrong == 0:
         return
     ours = wilson(right, right + wrong)
     theirs = binomtest(right, right + wrong).proportion_ci(method="wilson")
     np.testing.assert_allclose(ours, (theirs.low, theirs.high), atol=1e-12)
+    assert ((ours[0] == 0), (ours[1] == 1)) == (right == 0, wrong == 0)
+    assert least_agreement(right / (right + wrong), right + wrong) == ours[0]
 
 
 @given(tables)

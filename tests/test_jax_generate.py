@@ -18,7 +18,7 @@ import jax_blindsight.generation
 from blindsight_cli.loading import load_checkpoint
 from blindsight_cli.smallvlm.evaluate import make_puzzles, to_inputs
 from jax_blindsight import decode_step, load, write
-from jax_blindsight.generation import _sample
+from jax_blindsight.generation import _attend_one, _sample
 from jax_parity import assert_as_exact
 from parity_model import greedy_tokens
 from shared_profiles.lookup import FILE_NAME
@@ -254,3 +254,22 @@ def test_samples_follow_the_distribution(temperature, top_k, top_p, kept):
     wanted = np.zeros(5)
     wanted[: len(kept)] = kept
     np.testing.assert_allclose(frequencies, wanted / wanted.sum(), atol=0.015)
+
+
+def test_the_fewest_tokens_that_add_up_to_top_p_are_kept():
+    """Exactly to it: one of two that have half each."""
+    assert not np.asarray(_sample(jnp.zeros((100, 2)), jax.random.key(0), 1.0, 2, 0.5)).any()
+
+
+def test_a_steps_attention_sums_in_float32():
+    """In bfloat16, too: within a rounding of the weights, where scores of that precision are seven times as far off."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(2 * rng.standard_normal((1, h, n, 64)), jnp.bfloat16) for h, n in ((4, 1), (2, 128), (2, 128))
+    )
+    seen = np.arange(128)[None] < 100
+    got = _attend_one(q, k, v, seen, 0.3)
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k.repeat(2, axis=1), v.repeat(2, axis=1)))
+    weights = np.where(seen, np.exp(q @ k.swapaxes(2, 3) * 0.3), 0.0)
+    exact = (weights / weights.sum(axis=-1, keepdims=True) @ v).swapaxes(1, 2)
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=0, atol=0.02)

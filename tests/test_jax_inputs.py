@@ -134,21 +134,41 @@ def test_malformed_videos():
             sparse_prefill(params, inputs | {"second_per_grid_ts": [seconds]})
 
 
-def test_the_ids_alone_do(monkeypatch):
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_the_ids_alone_do(left):
     """Mask and token types say again what the ids say; padding may hold any id."""
     config = twin(QWEN).params.config
-    inputs = in_numpy(make_inputs(QWEN, [make_ids(2), make_ids(2)[2:]], left=False))
+    inputs = in_numpy(make_inputs(QWEN, [make_ids(2), make_ids(2)[2:]], left=left))
     full = read_inputs(config, inputs)
     padding = inputs["attention_mask"] == 0
     ids = np.where(padding, IMAGE, inputs["input_ids"])
-    bare = read_inputs(config, inputs | {"input_ids": ids, "mm_token_type_ids": None})
-    np.testing.assert_array_equal(full.tokens.ids, bare.tokens.ids)
+    for types in (None, inputs["mm_token_type_ids"]):
+        bare = read_inputs(config, inputs | {"input_ids": ids, "mm_token_type_ids": types})
+        np.testing.assert_array_equal(full.tokens.ids, bare.tokens.ids)
     assert full.tokens.start.tolist() == [0, 2] and not full.tokens.ids[1, :2].any()
-    np.testing.assert_array_equal(full.tokens.ids[1, 2:], inputs["input_ids"][1, :-2])
+    np.testing.assert_array_equal(full.tokens.ids[1, 2:], inputs["input_ids"][1][~padding[1]])
     past = np.arange(7) >= np.array([[2], [0]])
     with_past = inputs | {"attention_mask": np.c_[past, inputs["attention_mask"]]}
     np.testing.assert_array_equal(read_inputs(config, with_past, past=past).given, full.given)
     np.testing.assert_array_equal(read_inputs(config, inputs, past=past).given, full.given)
+
+
+def test_grids_and_seconds_go_to_the_rows_of_their_placeholders():
+    rows = [(IMAGE, 4), (VIDEO, 2)], [(VIDEO, 3), (IMAGE, 2), (VIDEO, 2)]
+    ids = [[i for kind, n in row for i in (START, *[kind] * n, END)] for row in rows]
+    ids[0] += [9] * (len(ids[1]) - len(ids[0]))
+    inputs = dict(
+        input_ids=np.array(ids),
+        pixel_values=np.zeros((24, 96), np.float32),
+        image_grid_thw=np.array([[1, 4, 4], [1, 2, 4]]),
+        pixel_values_videos=np.zeros((28, 96), np.float32),
+        video_grid_thw=np.array([[2, 2, 2], [3, 2, 2], [1, 4, 2]]),
+        second_per_grid_ts=np.array([0.5, 1.0, 2.0]),
+    )
+    first, second = read_inputs(twin(QWEN).params.config, inputs).tokens.grids
+    assert (first.images.tolist(), second.images.tolist()) == ([[1, 4, 4]], [[1, 2, 4]])
+    assert (first.videos.tolist(), second.videos.tolist()) == ([[2, 2, 2]], [[3, 2, 2], [1, 4, 2]])
+    assert (first.seconds.tolist(), second.seconds.tolist()) == ([0.5], [1.0, 2.0])
 
 
 def test_a_profile_is_needed_and_must_fit():

@@ -118,6 +118,7 @@ def test_a_profile_is_found_beside_the_checkpoint(tiny):
     assert load(folder).profile is None
     profile.save(folder / FILE_NAME)
     assert load(folder).profile == profile
+    assert load(folder, search=False).profile is None
     dense = Profile.uniform(Category.DENSE, profile.fingerprint)
     assert load(folder, dense).profile == dense  # a given one goes before
     dense.save(folder / "other.json")
@@ -148,14 +149,16 @@ def test_a_profile_of_another_model_is_refused(tiny, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_model_is_the_same_to_the_bit(tmp_path, family, dtype):
     model = save_tiny(tmp_path / "tiny", family)
+    beside = {"chat_template.jinja": "x", "generation_config.json": json.dumps({"eos_token_id": 7, "top_k": 3})}
+    for name, text in beside.items():
+        (tmp_path / "tiny" / name).write_text(text)
     params = load(tmp_path / "tiny", tiny_models.mixed_profile(model), dtype=dtype)
-    (tmp_path / "tiny" / "chat_template.jinja").write_text("x")
-    save(params, tmp_path / "saved", beside=[tmp_path / "tiny" / "chat_template.jinja"])
+    save(params, tmp_path / "saved", beside=[tmp_path / "tiny" / name for name in beside])
     shutil.rmtree(tmp_path / "tiny")
+    assert {name: (tmp_path / "saved" / name).read_text() for name in beside} == beside
     again = load(tmp_path / "saved")
     assert same(params, again)
     assert again.profile == params.profile
-    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == "x"
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 

@@ -21,7 +21,7 @@ from jax_blindsight.tower import encode_images
 from jax_blindsight.vision_blocks import VisionBlock, segment_attention
 from jax_blindsight.vision_inputs import patch_coordinates, prepare_vision, window_order
 from jax_blindsight.vision_qwen import PatchMerger
-from jax_blindsight.vision_segments import segments
+from jax_blindsight.vision_segments import SCORES_PER_STEP, segments
 from jax_blindsight.vision_siglip import Projector
 from jax_parity import assert_as_exact, make, pair
 from tiny_models import END, IMAGE, START, VIDEO
@@ -220,13 +220,15 @@ def test_other_pictures_of_one_bucket_do_not_retrace(family):
         return encode_images(weights, p.config, vision)
 
     if family == "gemma3":
-        prompts = [dict(input_ids=np.full((n, 16), IMAGE), pixel_values=np.zeros((n, 3, 32, 32))) for n in (1, 4, 3)]
+        prompts = [
+            dict(input_ids=np.full((n, 16), IMAGE), pixel_values=np.zeros((n, 3, 32, 32))) for n in (1, 4, 3, 5, 8)
+        ]
     else:
         shapes = ([[1, 3, 5], [1, 4, 4]], [[1, 8, 3], [1, 2, 3]], [[1, 1, 1]] * 20, [[2, 4, 4]])
         prompts = [{n: x.numpy() for n, x in prompt_of([(IMAGE, s) for s in shape]).items()} for shape in shapes]
     for prompt in prompts:
         encode(p.weights, prepare_vision(p.config, prompt)[0])
-    assert len(traces) == 1
+    assert len(traces) == (2 if family == "gemma3" else 1)  # up to four of Gemma's pictures, and up to eight
 
 
 def test_memory_is_linear_in_the_patches():
@@ -246,6 +248,11 @@ def test_a_big_image_does_not_make_small_ones_costly():
     """Its 32 blocks take 16 tiles each; fifty small ones share 25 blocks of one tile."""
     n_tiles = segments(np.array([4000, *[60] * 50]), 8192).n_tiles
     assert n_tiles[: 32 + 25 + 1].tolist() == [16] * 32 + [1] * 25 + [0]
+
+
+def test_what_is_computed_at_once_is_bounded():
+    plan = segments(np.array([4000] * 16), 1 << 16)
+    assert plan.step * plan.rows * plan.tile == SCORES_PER_STEP
 
 
 @qwens

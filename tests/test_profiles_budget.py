@@ -262,6 +262,8 @@ def test_thresholds_choose_from_the_same_statistics_and_can_be_verified():
     assert (point.kl, point.n_prompts, point.agreement) == (0.125, 7, 1.0)
     assert len(measured.curve) == len(tuned.curve) + 1
     assert measured.choice == by_mass.choice
+    kept = [point.kept for point in measured.curve]
+    assert kept == sorted(kept, reverse=True)
     again = verify(measured, Model(lambda _: 0.25), **measured_on)
     assert again.curve != measured.curve and len(again.curve) == len(measured.curve)
 

@@ -7,7 +7,7 @@ import pytest
 
 from profile_strategies import fingerprint
 from shared_profiles.collection import Collector
-from shared_profiles.provenance import prompt_digest
+from shared_profiles.provenance import dataset_hash, prompt_digest
 from shared_profiles.sink_statistics import SinkMass
 from shared_profiles.split import Given, Split, is_held_out, require_held_out
 from shared_profiles.state_files import origin_of
@@ -35,10 +35,17 @@ def by_digest(prompts) -> dict[str, int]:
 def test_a_prompt_is_known_by_its_values_alone():
     prompt = {"a": np.arange(6).reshape(2, 3), "b": np.array(["x"])}
     same = {"b": np.array(["x"]), "a": np.asfortranarray(prompt["a"], np.int32)}
-    assert prompt_digest(prompt) == prompt_digest(same) != prompt_digest({"a": prompt["a"]})
+    assert prompt_digest(prompt) == prompt_digest(same)
+    less, renamed = {"a": prompt["a"]}, {"a": prompt["a"], "c": prompt["b"]}
+    for other in (less, renamed, prompt | {"a": np.arange(6)}):
+        assert prompt_digest(other) != prompt_digest(prompt)
     for value in (None, [object()], np.zeros(1, [("x", object)])):
         with pytest.raises(ValueError, match=r"must hold numbers or texts.* Got Python objects in b"):
             prompt_digest(prompt | {"b": np.asarray(value)})
+
+
+def test_a_data_set_is_known_by_its_prompts_in_any_order():
+    assert dataset_hash(["a", "b"]) == dataset_hash(["b", "a"]) != dataset_hash(["a"])
 
 
 def test_the_halves_are_disjoint_whole_and_the_same_in_every_order():

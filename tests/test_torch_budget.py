@@ -32,6 +32,7 @@ from torch_blindsight.gradient import GradientMode, measure_with_gradient
 from torch_blindsight.handle import Handle
 from torch_blindsight.implementations import implementation
 from torch_blindsight.models import inspect_model
+from torch_blindsight.prompts import Dense
 from torch_blindsight.residual import ResidualStream
 from torch_blindsight.sinks import measure_sinks
 
@@ -117,6 +118,8 @@ def test_the_ranking_without_gradient_is_that_of_the_residual_stream(family):
     stream = ResidualStream(model, info)
     torch.manual_seed(0)
     hidden, dense = torch.randn(1, 5, 64), torch.randn(1, 5, 4, 16)
+    hidden[:, 0] = 0  # nothing that could be moved in proportion
+    layer.self_attn.o_proj.bias = torch.nn.Parameter(torch.randn(64))  # no part of a change
     with stream:
         for module in model.get_submodule("model.language_model.layers"):
             for hook in module._forward_pre_hooks.values():
@@ -134,8 +137,9 @@ def test_the_ranking_without_gradient_is_that_of_the_residual_stream(family):
         return projected * (norm.norm(dim=1) / layer.self_attn.o_proj(dense[0].flatten(1)).norm(dim=1))[:, None]
 
     difference = (added(dense[0] + change) - added(dense[0])).norm(dim=1)
-    torch.testing.assert_close(moved[:, 2], (difference / hidden[0].norm(dim=1)).square(), rtol=1e-3, atol=1e-12)
-    assert not moved[:, [0, 1, 3]].any()
+    want = (difference / hidden[0].norm(dim=1)).square()
+    torch.testing.assert_close(moved[1:, 2], want[1:], rtol=1e-3, atol=1e-12)
+    assert not moved[:, [0, 1, 3]].any() and not moved[0].any()
 
 
 class Largest(TorchDispatchMode):
@@ -353,11 +357,23 @@ def test_the_reference_is_the_unpatched_model_and_needs_no_mask(family, monkeypa
         want = {name: model(**prompt).logits[:, -1].log_softmax(-1) for name, prompt in prompts.items()}
     monkeypatch.setattr(attention, "sdpa_attention_forward", None)
     profile = Profile.uniform(Category.SINK, fingerprint(model))
-    measure = held_out.HeldOut(model, info, implementation("portable", model, info), profile, prompts)
+    portable = implementation("portable", model, info)
+    measure = held_out.HeldOut(model, info, portable, profile, prompts)
     for name, log_probs in measure._dense.items():
         np.testing.assert_allclose(log_probs, want[name], rtol=0, atol=1e-5)
     assert not measure(np.zeros_like(profile.categories)).kl.any()
     assert measure(profile.categories).kl.all()
+
+    def dense(*_):
+        raise Dense("of no use")
+
+    monkeypatch.undo()
+    lone = {"c": make_inputs(family, [make_ids(1)])}
+    measure = held_out.HeldOut(model, info, portable, profile, prompts | lone)
+    assert measure.n_tokens == {name: x["input_ids"].shape[1] for name, x in prompts.items()}
+    monkeypatch.setattr(held_out.SparseMode, "prefill", dense)
+    with pytest.raises(RuntimeError, match=r"all 2 held-out prompts must have run sparse. Got {'dense: of no use': 2}"):
+        measure(profile.categories)
 
 
 def test_held_out_prompts_wait_on_the_cpu(monkeypatch):

@@ -109,13 +109,15 @@ def test_a_batch_counts_each_of_its_prompts(family):
     model = make_model(family)
     batch = make_inputs(family, [make_ids(3), make_ids(3), make_ids(1)])
     other = make_inputs(family, [make_ids(3), make_ids(3), make_ids(1)], seed=1)
+    each = len(batch["pixel_values"]) // 7
+    second = make_inputs(family, [make_ids(3)]) | {"pixel_values": batch["pixel_values"][3 * each : 6 * each]}
     short = dict(max_new_tokens=3, min_new_tokens=3, do_sample=False)
     for run in (model, partial(model.generate, **short)):  # later transformers encode pictures before the forward
         with patch(model, measure_prompts=3) as handle:
-            for _ in range(2):
-                run(**batch)
+            for known in (batch, batch, second):
+                run(**known)
                 assert handle.report()["state"] == "measuring", "they are known"
-            assert handle.report()["forwards"]["measured"] == 2
+            assert handle.report()["forwards"]["measured"] == 3
             run(**other)
             assert handle.report()["state"] == "sparse"
             assert handle.profile.provenance.n_prompts == 4

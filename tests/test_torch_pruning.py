@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from tiny_models import (
     END,
     IMAGE,
     IMAGE_TOKENS,
+    PAD,
     START,
     VIDEO,
     double_model,
@@ -204,9 +206,12 @@ def test_keeping_all_and_prompts_that_run_dense(model, family):
     with patch(model, profile, pruner=DivPrune(1)) as handle:
         torch.testing.assert_close(model(**lone).logits, want, **EXACT)
         assert handle.report()["forwards"] == {"dense: fewer than two images, pruned": 1}
-    text = dict(input_ids=torch.tensor([[1, 10, 11], [1, 12, 13]]))
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    text = dict(input_ids=torch.tensor([[1, 10, 11], [PAD, 1, 13]]), attention_mask=mask)
+    want = model(**text).logits[mask > 0]
     with patch(model, profile, pruner=Fixed(whole, 1)) as handle:
         first = model(**text)
+        assert torch.equal(first.logits[mask > 0], want)
         model(input_ids=torch.tensor([[10], [11]]), past_key_values=first.past_key_values)
         assert handle.report()["forwards"] == {"dense: fewer than two images": 1, "dense: decode step": 1}
         assert handle.kept is None
@@ -347,6 +352,8 @@ def test_refusals():
         for ids, what in (([[1, 10]], r"input_ids of shape \(1, 2\), 0 tokens"), ([[1], [1]], r"shape \(2, 1\), 0 ")):
             with pytest.raises(ValueError, match=f"must be followed by decode steps of one token, .* Got .*{what}"):
                 model(input_ids=torch.tensor(ids), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"unmasked. Got no input_ids, 0 tokens decoded so far"):
+            model(inputs_embeds=torch.zeros(1, 1, 64, dtype=torch.float64), past_key_values=cache)
         with pytest.raises(ValueError, match="some tokens masked"):
             model(input_ids=torch.tensor([[1]]), past_key_values=cache, attention_mask=mask)
         assert handle.report()["forwards"] == {"dense: fewer than two images": 1, "sparse, pruned": 1}
@@ -368,9 +375,9 @@ def test_refusals():
             patch(model, profile, pruner=none)
     with pytest.raises(ValueError, match="a pruner needs a profile"):
         patch(model, pruner=DivPrune(0.5))
-    for share in (0, -1, 1.01):
+    for pruner, share in itertools.product((DivPrune, FastV), (0, -1, 1.01)):
         with pytest.raises(ValueError, match=r"share must be in \(0, 1\]"):
-            DivPrune(share)
+            pruner(share)
     for layer in (0, 1.5):
         with pytest.raises(ValueError, match="layer must be an integer of at least 1"):
             FastV(0.5, layer)

@@ -111,7 +111,7 @@ def test_a_model_is_measured_layer_by_layer(family, monkeypatch):
         return attend(self, prefill, layer, q, k, v, scale, window)
 
     monkeypatch.setattr(sinks.SinkMode, "attend", spy)
-    prompts = [make_inputs(family, [make_ids(n, seed=n)], seed=n) for n in (1, 4)]
+    prompts = [make_inputs(family, [make_ids(n, seed=n)], seed=n) for n in (1, 4, 1)]
     (reading,) = measure_sinks(model, prompts, reach=REACH)
     mass = reading.mass
     assert mass.own.shape == (4, 4)
@@ -203,5 +203,10 @@ def test_drawn_maps_are_the_models_attention_weights(family, no_grad):
     model.set_attn_implementation({"text_config": "sdpa"})
     with pytest.raises(ValueError, match="at least two images"):
         attention_maps(model, make_inputs(family, [make_ids(1)]), [(0, 0)])
+    batch = make_inputs(family, [make_ids(2), make_ids(3)])
+    with pytest.raises(ValueError, match=r"drawn one at a time, and whole\. Got 2 from position 0 on"):
+        attention_maps(model, batch, [(0, 0)])
+    with pytest.raises(ValueError, match=r"measured one at a time, and whole\. Got 2 from position 0 on"):
+        measure_sinks(model, [batch])
     with pytest.raises(ValueError, match="at most 1024 tokens"):
         attention_maps(model, make_inputs(family, [make_ids(40, text=10)]), [(0, 0)])

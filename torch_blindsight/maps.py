@@ -13,7 +13,6 @@ from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from torch_blindsight.attention import AttendLayer, Prefill
 from torch_blindsight.implementations import Attend, Name
 from torch_blindsight.modes import Mode
-from torch_blindsight.prompts import Dense
 from torch_blindsight.sinks import observing
 
 MOST_TOKENS = 1024
@@ -35,7 +34,8 @@ class MapMode:
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
         """Keeps this prompt."""
         if q_start or len(layouts) != 1:
-            raise Dense("only one whole prompt is drawn")
+            got = f"{len(layouts)} from position {q_start} on"
+            raise ValueError(f"prompts must be drawn one at a time, and whole. Got {got}.")
         if layouts[0].n_tokens > MOST_TOKENS:
             raise ValueError(f"a drawn prompt must have at most {MOST_TOKENS} tokens. Got {layouts[0].n_tokens}.")
         self.layout = layouts[0]

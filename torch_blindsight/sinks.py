@@ -24,7 +24,7 @@ from torch_blindsight.handle import Handle
 from torch_blindsight.implementations import Attend, Name, implementation
 from torch_blindsight.models import ModelInfo, evaluating, inspect_model
 from torch_blindsight.modes import Mode
-from torch_blindsight.prompts import Dense, next_token_logits
+from torch_blindsight.prompts import next_token_logits
 
 # Scores of all heads that exist at once; on a GPU more, in fewer launches (estimates: 0.5 GiB in float32).
 _SCORES, _SCORES_CUDA = 1 << 22, 1 << 27
@@ -105,7 +105,8 @@ class SinkMode:
     def prefill(self, layouts: list[Layout], q_start: int, arguments: dict[str, Any]) -> tuple[str, AttendLayer]:
         """Measures this prompt."""
         if q_start or len(layouts) != 1:
-            raise Dense("only one whole prompt is measured")
+            got = f"{len(layouts)} from position {q_start} on"
+            raise ValueError(f"prompts must be measured one at a time, and whole. Got {got}.")
         self.meter = SinkMeter(layouts[0], self.info, self.reach)
         return "measured", self.attend
 
