@@ -94,10 +94,10 @@ def calibrate(
 
     Raises:
         ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, cut or masked so that
-            it could not run sparse, or held out and calibrated on; tokens and model are on different devices; the model is patched, or has weights made in
-            inference mode and a ranking by the gradient; budget and thresholds; a quantile or a dataset's name that
-            cannot be; template and local_block; a state is of another model, template or rankings, or another run
-            writes it; the processes of a group were given different prompts.
+            it could not run sparse, or held out and calibrated on; tokens and model are on different devices; the model
+            is patched, or has weights made in inference mode and a ranking by the gradient; budget and thresholds; a
+            quantile or a dataset's name that cannot be; template and local_block; a state is of another model, template
+            or rankings, or another run writes it; the processes of a group were given different prompts.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
         OSError: a state cannot be read or written.
     """
