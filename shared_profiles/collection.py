@@ -105,7 +105,11 @@ class Collector[P]:
         for prompt_id, prompt in self._stream:
             assert prompt is not None
             read.append((prompt_id, prompt))
-            if prompt_id in self._sinks or (self._split is not None and self._split.holds_out(prompt_id, prompt)):
+            if self._holds_out(prompt_id, prompt):
+                assert self._split is not None
+                read[-1] = prompt_id, self._split.prompts[prompt_id]  # which may lie elsewhere than on the GPU
+                continue
+            if prompt_id in self._sinks:
                 continue
             with of_prompt(self._names[prompt_id]):
                 mass = measure(prompt)
@@ -116,6 +120,12 @@ class Collector[P]:
             if len(self._sinks) == LEARN_FROM:
                 break
         self._stream = itertools.chain(read, self._stream)
+
+    def _holds_out(self, prompt_id: str, prompt: P) -> bool:
+        if self._split is None:
+            return False
+        with of_prompt(self._names[prompt_id]):
+            return self._split.holds_out(prompt_id, prompt)
 
     def collect(self, measure: Callable[[P], PromptStatistics | None], template: SinkTemplate) -> Statistics:
         """Measures what is not known yet, and ends with the statistics of all, the same in every process.
@@ -138,7 +148,7 @@ class Collector[P]:
         try:
             for prompt_id, prompt in self._stream:
                 given.update(prompt_id.encode())
-                if prompt is not None and self._split is not None and self._split.holds_out(prompt_id, prompt):
+                if prompt is not None and self._holds_out(prompt_id, prompt):
                     held_out += 1
                     continue
                 if prompt_id in met:
@@ -149,10 +159,11 @@ class Collector[P]:
                     continue
                 with of_prompt(self._names[prompt_id]):
                     record = None if prompt is None else measure(prompt)
+                    if record is not None:
+                        statistics.add(prompt_id, record)
                 if record is None:
                     skipped += 1
                     continue
-                statistics.add(prompt_id, record)
                 unsaved += 1
                 if unsaved >= self._save_every:
                     self._files.save(statistics)

@@ -13,6 +13,7 @@ so none is counted twice, and a file that is read again after it was merged chan
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import sys
@@ -97,8 +98,11 @@ class StateFiles:
         self._state = None if state is None else Path(state)
         self._processes = processes
         self._old = [] if self._state is None else state_files(self._state)
-        mine = [(str(path), Statistics.load(path)) for path in (*self._old, *merge)]
-        self._found = [each for theirs in processes.gather(mine) for each in theirs]
+        paths = (*self._old, *merge)
+        self._found = [(str(path), Statistics.load(path)) for path in paths]
+        # On one disk all have read the same: each would be sent all of it n times.
+        if len(set(processes.gather(tuple(map(_content, paths))))) > 1:
+            self._found = [each for theirs in processes.gather(self._found) for each in theirs]
 
     @property
     def template(self) -> SinkTemplate | None:
@@ -133,7 +137,10 @@ class StateFiles:
         whole = Statistics(fingerprint.n_layers, fingerprint.n_heads, origin=origin, rankings=tuple(rankings))
         for path, part in self._found:
             _require(path, part, fingerprint, template, whole.rankings)
-            whole = whole.merge(part)
+            try:
+                whole = whole.merge(part)
+            except ValueError as error:  # they disagree about a prompt
+                raise ValueError(f"{path}: {error}") from error
         return whole
 
     def save(self, statistics: Statistics) -> None:
@@ -150,6 +157,12 @@ class StateFiles:
         self._processes.gather(None)  # no part goes before the whole is on the disk
         for path in {*self._old, _part_of(self._state, self._processes.rank)} - {self._state}:
             path.unlink(missing_ok=True)
+
+
+def _content(path: str | Path) -> bytes:
+    """What tells a file's content from others'."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _part_of(state: Path, rank: int) -> Path:

@@ -10,6 +10,7 @@ out. A record of 28 layers of 28 heads takes 20 KB, and 9 KB more for every rank
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import zipfile
@@ -243,13 +244,15 @@ class Statistics:
         """Reads a state that `save` wrote, and checks every value as `add` does.
 
         Raises:
-            OSError: the file cannot be opened.
+            OSError: the file cannot be read.
             ValueError: it is not a statistics file, of another version, or damaged.
         """
         with open(path, "rb") as file:
             try:
                 return cls._read(file)
-            except _DAMAGE as error:
+            except (*_DAMAGE, OSError) as error:
+                if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before the file's begin
+                    raise
                 raise ValueError(
                     f"{os.fspath(path)} must be a whole file written by Statistics.save ({SCHEMA}). Got: {error}. "
                     "Measure this part again."

@@ -21,7 +21,7 @@ from shared_profiles.processes import ALONE, Processes
 from shared_profiles.provenance import make_profile
 from shared_profiles.sink_statistics import LEARN_FROM, SinkMass, learn_template
 from shared_profiles.split import Given, Split
-from shared_profiles.state_files import one_writer, origin_of, read_origin
+from shared_profiles.state_files import StateFiles, one_writer, origin_of, read_origin
 from shared_profiles.statistics import PromptStatistics, Statistics
 
 PAIRS = np.outer([10, 3, 4, 5], [1, 1])
@@ -194,6 +194,44 @@ def test_states_of_other_machines_are_merged(tmp_path):
         assert machine.run(range(N), state=path, merge=both) == whole == Statistics.load(path)
         assert {x for x in machine.measured if x % 2} == ({21, 23} if state == "new" else set())
     assert (tmp_path / "b.npz").read_bytes() == before, "what is merged is only read"
+
+
+def test_states_that_disagree_are_named(tmp_path):
+    """A prompt that two machines, or frameworks, have measured: hardly ever to the same bits."""
+    Machine().run(range(9), state=tmp_path / "a.npz")
+    one = Machine()
+    one.measure = lambda prompt: Machine().measure(prompt + 2)
+    one.run(range(7, 9), state=tmp_path / "b.npz")
+    with pytest.raises(ValueError, match=r"b\.npz: prompt \w+ must have the same values wherever"):
+        Machine().run(range(9), state=tmp_path / "a.npz", merge=[tmp_path / "b.npz"])
+
+
+def test_processes_send_each_other_only_what_not_all_have_read(tmp_path):
+    """On one disk all read the same states; each would be sent all of them n times."""
+    sent = []
+
+    class Watched(Threads):
+        def gather(self, value):
+            sent.append(value)
+            return super().gather(value)
+
+    for name, prompts in {"a": range(9), "b": range(9, 19)}.items():
+        Machine().run(prompts, state=tmp_path / f"{name}.npz")
+    for names, n_parts in (("aa", 1), ("ab", 2)):
+        barrier, board, found = threading.Barrier(2), [None] * 2, [None] * 2
+        sent.clear()
+
+        def work(rank, names=names, barrier=barrier, board=board, found=found):
+            files = StateFiles(None, [tmp_path / f"{names[rank]}.npz"], Watched(rank, 2, barrier, board))
+            found[rank] = files.begin(fingerprint(), SinkTemplate(), ())
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found[0] == found[1] and len(found[0]) == len(Machine().run(range(9 if n_parts == 1 else 19)))
+        assert sum(isinstance(value, list) for value in sent) == (0 if n_parts == 1 else 2)
 
 
 def test_what_does_not_belong_to_this_run_is_refused(tmp_path):

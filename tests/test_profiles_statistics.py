@@ -270,6 +270,8 @@ def damage(content: bytes, kind: str) -> bytes:
             return b""
         case "truncated":
             return content[: len(content) // 2]
+        case "a lost block":
+            return content[:100] + content[164:]
         case "a flipped bit":
             at = content.index(members["mass"].tobytes()) + 5
             return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
@@ -302,6 +304,7 @@ def damage(content: bytes, kind: str) -> bytes:
     [
         ("empty", "no whole .npz archive"),
         ("truncated", "no whole .npz archive"),
+        ("a lost block", "Invalid argument"),
         ("a flipped bit", "Bad CRC-32"),
         ("pickle", "no whole .npz archive"),
         ("objects inside", "allow_pickle"),

@@ -244,16 +244,42 @@ def test_prompts_that_are_none(model, family):
     elsewhere = good | {name: good[name].to("meta") for name in ("input_ids", "pixel_values")}
     with pytest.raises(ValueError, match=r"device, cpu. Got input_ids, pixel_values elsewhere: call .to\('cpu'\)"):
         calibrate(model, [elsewhere], **QUIET)
-    cut = good | {name: good[name][:, :30] for name in good if good[name].shape[:1] == (1,) and good[name].ndim == 2}
+    cut = good | {name: good[name][:, :25] for name in good if good[name].shape[:1] == (1,) and good[name].ndim == 2}
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         calibrate(model, [cut], **QUIET)
+
+
+@family_names
+def test_prompts_that_could_not_run_sparse_are_refused_and_not_left_out(model, family):
+    """They were skipped in silence, as if they had fewer than two images."""
+    good, other = prompts_of(family, 2)
+    n = other["input_ids"].shape[1]
+    hole = other["attention_mask"].clone()
+    hole[0, 2] = 0
+    last = 4 + 2 * (IMAGE_TOKENS + 2) + 3 - 1  # the second image's end delimiter
+    short = {name: x[:, :last] for name, x in good.items() if x.shape == good["input_ids"].shape}
+    wrong = {
+        "padding inside a row": other | {"attention_mask": hole},
+        "attention_mask is not": other | {"attention_mask": torch.ones(1, 1, n, n)},
+        "an image without its end": good | short,
+    }
+    if family == "gemma3":
+        wrong["token_type_ids are not"] = other | {"token_type_ids": other["token_type_ids"] * 0}
+    else:
+        video = make_video_inputs([2, 2])
+        wrong["frames of a video are unknown"] = {name: x for name, x in video.items() if name != "video_grid_thw"}
+    for reason, prompt in wrong.items():
+        with pytest.raises(ValueError, match=rf"^prompt 1: a prompt must be one sequence .* Got: {reason}.*unchanged"):
+            calibrate(model, [good, prompt], **QUIET)
+        with pytest.raises(ValueError, match=rf"^held-out prompt 0: .* Got: {reason}"):
+            calibrate(model, [good], held_out=[prompt], template=SMALL, progress=False)
 
 
 @family_names
 def test_weights_that_are_not_numbers_are_named(model, family):
     with torch.no_grad():
         model.get_submodule("model.language_model.layers.2.self_attn.q_proj").weight[16:32] = torch.nan
-    with pytest.raises(ValueError, match=r"layer 2, head 1, SINK: mass must be in \[0, 1.001\]. Got nan"):
+    with pytest.raises(ValueError, match=r"^prompt 0 \(\w+\): .*layer 2, head 1, SINK: mass must be in .* Got nan"):
         calibrate(model, prompts_of(family, 1), **QUIET)
     with pytest.raises(ValueError, match=r"^prompt 0 \(\w+\): what image rows look at, .* nan\. Are prompt and w"):
         calibrate(model, prompts_of(family, 1), **QUIET | dict(template=None))

@@ -93,11 +93,11 @@ def calibrate(
         It is not saved. Where no head can be sparse within the budget all are Dense, and `choice["reached"]` is false.
 
     Raises:
-        ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, or held out and
-            calibrated on; tokens and model are on different devices; the model is patched, or has weights made in
-            inference mode and a ranking by the gradient; budget and thresholds; a quantile or a dataset's name that
-            cannot be; template and local_block; a state is of another model, template or rankings, or another run
-            writes it; the processes of a group were given different prompts.
+        ValueError: no prompt has two images, or none of the held-out ones; a prompt is malformed, cut or masked so that
+            it could not run sparse, or held out and calibrated on; tokens and model are on different devices; the model
+            is patched, or has weights made in inference mode and a ranking by the gradient; budget and thresholds; a
+            quantile or a dataset's name that cannot be; template and local_block; a state is of another model, template
+            or rankings, or another run writes it; the processes of a group were given different prompts.
         ValueError, NotImplementedError, ImportError: the implementation cannot serve this model; it is tensor-parallel.
         OSError: a state cannot be read or written.
     """
@@ -122,7 +122,7 @@ def calibrate(
         hidden = processes.rank > 0 or (None if progress is None else not progress)
         collector = Collector(
             tqdm(prompts, desc="calibrating", unit="prompt", disable=hidden),
-            lambda prompt: _arrays(model, prompt),
+            lambda prompt: _arrays(model, info, prompt),
             print_,
             rankings=rankings_for(limit),
             state=state,
@@ -187,7 +187,7 @@ def _given(model: nn.Module, info: ModelInfo, prompts: Iterable[Mapping[str, Any
     telling = 0
     for number, prompt in enumerate(prompts):
         with of_prompt(f"held-out prompt {number}"):
-            digest = prompt_digest(_arrays(model, prompt))
+            digest = prompt_digest(_arrays(model, info, prompt))
             given[digest] = moved(prompt, "cpu")
             telling += _n_images(prompt, info) >= 2
     require_held_out(telling, len(given))
@@ -195,11 +195,24 @@ def _given(model: nn.Module, info: ModelInfo, prompts: Iterable[Mapping[str, Any
 
 
 def _n_images(prompt: Mapping[str, Any], info: ModelInfo) -> int:
-    """Images of a prompt, 0 where it is none that runs sparse; a malformed one is a ValueError."""
-    try:
-        return read_layouts(prompt, info.family, info.special)[0][0].n_images
-    except Dense:
+    """Images of a prompt.
+
+    Raises:
+        ValueError: it is malformed, or no whole prompt that could run sparse: left out, nobody would miss it.
+    """
+    if prompt["input_ids"].shape[1] == 1:
         return 0
+    try:
+        (layout,), _ = read_layouts(prompt, info.family, info.special)
+        reason = "an image without its end" if layout.unfinished else None
+    except Dense as dense:
+        reason = str(dense)
+    if reason is not None:
+        raise ValueError(
+            "a prompt must be one sequence as the processor returns it: whole, and padded at its ends alone. "
+            f"Got: {reason}. Pass all that the processor returns, unchanged."
+        )
+    return layout.n_images
 
 
 class _Aside(Split[Mapping[str, Any]]):
@@ -237,9 +250,10 @@ def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
         )
 
 
-def _arrays(model: nn.Module, prompt: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _arrays(model: nn.Module, info: ModelInfo, prompt: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The prompt in NumPy, once checked; without what is None."""
     _check_prompt(model, prompt)
+    _n_images(prompt, info)
     arrays = {}
     for name, x in prompt.items():
         if x is None:
