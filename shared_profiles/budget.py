@@ -198,9 +198,11 @@ def processes_of(profile: Profile) -> int:
     """Over how many processes a profile's budget was told that the heads are split.
 
     Raises:
-        ValueError: it says so of no integer.
+        ValueError: it says what cannot be.
     """
-    return Budget(processes=profile.choice.get("processes", 1)).processes
+    processes = Budget(processes=profile.choice.get("processes", 1)).processes
+    check_split(profile.fingerprint.n_heads, processes)
+    return processes
 
 
 def _split(profile: Profile, point: CurvePoint, processes: int) -> dict[str, Any]:

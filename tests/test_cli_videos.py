@@ -102,6 +102,10 @@ def test_the_checkpoint_says_how_many_frames_unless_the_prompt_does(tmp_path: Pa
     assert len(load_video(path, processor, 1).frames) == 4
     processor.video_processor.max_frames = 6
     assert len(load_video(path, processor).frames) == 6
+    processor.video_processor.num_frames = 8
+    assert len(load_video(path, processor).frames) == 8
+    with pytest.raises(ValueError, match="fps must be left out: this checkpoint takes 8 frames of every video"):
+        load_video(path, processor, 1)
 
 
 @pytest.mark.parametrize("turn", TURNS)

@@ -139,8 +139,9 @@ def test_a_stored_point_is_chosen_by_the_busiest(profile):
     assert heads_of(retune(measured, 1.0).categories) == uneven
     for_four = retune(replace(measured, choice={"method": "manual", "processes": 4}), 1.0)
     assert heads_of(for_four.categories) == even and for_four.choice["processes"] == 4
-    with pytest.raises(ValueError, match="processes must be an integer"):
-        retune(replace(measured, choice={"method": "manual", "processes": "4"}), 1.0)
+    for processes, message in (("4", "processes must be an integer"), (3, "must divide the query heads")):
+        with pytest.raises(ValueError, match=message):
+            retune(replace(measured, choice={"method": "manual", "processes": processes}), 1.0)
 
 
 def test_heads_that_do_not_come_out_even_are_refused(profile):

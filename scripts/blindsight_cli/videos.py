@@ -41,18 +41,22 @@ def load_video(path: Path, processor: Any, fps: float | None = None) -> Video:
             says, else `FPS`.
 
     Raises:
-        ValueError: the family takes no videos, the file cannot be read as a video, or is too short for two groups of
-            frames.
+        ValueError: the family takes no videos, or a fixed number of frames whatever their rate; the file cannot be read
+            as a video, or is too short for two groups of frames.
     """
     taker = getattr(processor, "video_processor", None)
     if taker is None:
         raise ValueError(f"{type(processor).__name__} takes no videos: give pictures. Got {path}.")
+    if fps is not None and taker.num_frames is not None:
+        raise ValueError(f"fps must be left out: this checkpoint takes {taker.num_frames} frames of every video.")
     with _open_video(path) as video:
         stream = video.streams.video[0]
         # Not what the file's head says, which counts frames that are cut off, too, or is not there.
         n = sum(packet.size > 0 and not packet.is_discard for packet in video.demux(stream))
-        if n < 2 * taker.temporal_patch_size or not stream.average_rate:
+        if n < 2 * taker.temporal_patch_size:
             raise ValueError(f"{n} frames. There must be {2 * taker.temporal_patch_size} or more; else give pictures")
+        if not stream.average_rate:
+            raise ValueError("nothing says how many frames there are a second. Convert it")
         rate = float(stream.average_rate)
         metadata = VideoMetadata(n, fps=rate, duration=n / rate, video_backend="pyav")
         metadata.frames_indices = np.asarray(taker.sample_frames(metadata, fps=fps or taker.fps or FPS))
