@@ -16,7 +16,7 @@ from typing import Any
 from blindsight_cli.backends import Backend, BackendName, load_backend
 from blindsight_cli.commands.calibrate import INTERRUPTED
 from blindsight_cli.errors import ExitCode
-from blindsight_cli.evaluation.items import Item, read_items
+from blindsight_cli.evaluation.items import Item, file_digest, read_items
 from blindsight_cli.evaluation.overlap import check_overlap
 from blindsight_cli.evaluation.result import FORMAT, VERSION, check_unused, print_summary, summarize
 from blindsight_cli.evaluation.runner import Asking, evaluate
@@ -129,13 +129,20 @@ def _identity(
     dtype: str,
 ) -> dict[str, Any]:
     """What samples of one run have in common, as JSON values."""
-    pictures = {image: _sha256(image.read_bytes()) for image in {x for item in items for x in item.prompt.images}}
+    files = {file for item in items for file in (*item.prompt.images, *item.prompt.videos)}
+    digests = {file: file_digest(file) for file in files}
+
+    def named(files: Sequence[Path]) -> list[list[str]]:
+        return [[os.path.relpath(file, data.parent), digests[file]] for file in files]
+
     asked = [
         [
             item.prompt.line,
             item.question(asking.letters),
             item.expected,
-            [[os.path.relpath(image, data.parent), pictures[image]] for image in item.prompt.images],
+            named(item.prompt.images),
+            named(item.prompt.videos),
+            item.prompt.fps,
         ]
         for item in items
     ]

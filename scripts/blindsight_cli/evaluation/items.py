@@ -88,7 +88,7 @@ def digest(prompt: Prompt, images: Sequence[Image.Image]) -> str:
 
 def seen(prompt: Prompt, images: Sequence[Image.Image]) -> list[str]:
     """A hash of each of a prompt's pictures, which are `images`, and of each of its videos' files."""
-    return [*map(picture_digest, images), *map(_file_digest, prompt.videos)]
+    return [*map(picture_digest, images), *map(file_digest, prompt.videos)]
 
 
 def picture_digest(image: Image.Image) -> str:
@@ -96,7 +96,7 @@ def picture_digest(image: Image.Image) -> str:
     return hashlib.sha256(f"{image.size}{image.mode}".encode() + image.tobytes()).hexdigest()[:32]
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """A hash of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
