@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from transformers.video_utils import load_video as load_as_transformers
 from typer.testing import CliRunner, Result
 
@@ -108,6 +109,64 @@ def test_the_checkpoint_says_how_many_frames_unless_the_prompt_does(tmp_path: Pa
         load_video(path, processor, 1)
 
 
+@pytest.mark.parametrize(("rate", "n", "fps", "n_frames"), [(10, 75, 2, 14), (17, 17, 14, 14)])
+def test_rounding_adds_no_frame_behind_the_last(
+    rate: int, n: int, fps: float, n_frames: int, processor: Any, tmp_path: Path
+) -> None:
+    """Where transformers' sampling, n / (n / 14) in floating point, gives frame n as well."""
+    video = load_video(save_video(tmp_path / "a.mp4", n, rate=rate), processor, fps)
+    assert len(video.frames) == n_frames == len(video.metadata.frames_indices)
+    assert max(video.metadata.frames_indices) < n
+
+
+def test_frames_that_are_never_shown_do_not_count(processor: Any, tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.webm"), "w") as video:
+        stream = video.add_stream("libvpx", rate=10, options={"lag-in-frames": "0"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for i in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 10 * i, np.uint8), format="rgb24")
+            for packet in stream.encode(frame):
+                content = bytearray(packet)
+                content[0] &= ~0x10 if i in (5, 10) else 0xFF  # VP8's bit show_frame
+                hidden = av.Packet(bytes(content))
+                hidden.pts, hidden.dts, hidden.time_base, hidden.stream = (
+                    packet.pts,
+                    packet.dts,
+                    packet.time_base,
+                    stream,
+                )
+                video.mux(hidden)
+    shown = load_video(tmp_path / "a.webm", processor, 10)
+    levels = [10 * i for i in range(20) if i not in (5, 10)]
+    np.testing.assert_allclose(shown.frames[:, 0, 0, 0], levels, atol=4)
+    assert (shown.metadata.total_num_frames, shown.metadata.duration) == (18, 1.8)
+
+
+NAMES = ("file:b.mp4", "cache:b.mp4", "pipe:0", "http:/127.0.0.1:9/a.mp4", "concat:b.mp4|b.mp4", "a%d.mp4")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_only_a_name(name: str, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_video(Path("b.mp4"), 8, seed=1)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    wanted = load_video(save_video(Path("a.mp4"), 8).rename(name), processor).frames
+    np.testing.assert_array_equal(wanted, load_video(save_video(tmp_path / "a.mp4", 8), processor).frames)
+
+
+def test_no_other_file_is_read(processor: Any, tmp_path: Path) -> None:
+    """Neither those of a pattern, which FFmpeg sees in the names of pictures, nor those that a list names."""
+    for i in range(8):
+        Image.new("RGB", (64, 48), "red").save(tmp_path / f"{i}.png")
+    films = [Image.new("RGB", (64, 48), (0, 0, 30 * i)) for i in range(8)]
+    films[0].save(tmp_path / "%d.png", save_all=True, append_images=films[1:], duration=100)
+    assert load_video(tmp_path / "%d.png", processor, 10).frames[:, 0, 0].tolist() == [[0, 0, 30 * i] for i in range(8)]
+    save_video(tmp_path / "b.mp4", 8)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile b.mp4\n")
+    with pytest.raises(ValueError, match=r"a video must be one that PyAV can read. Got .*list\.mp4"):
+        load_video(tmp_path / "list.mp4", processor)
+
+
 @pytest.mark.parametrize("turn", TURNS)
 def test_frames_are_turned_as_the_camera_says(turn: int, processor: Any, tmp_path: Path) -> None:
     path = save_video(tmp_path / "a.mp4", 8)
@@ -134,6 +193,10 @@ def test_what_is_no_video_is_refused(processor: Any, tmp_path: Path) -> None:
     for name, reason in reasons.items():
         with pytest.raises(ValueError, match=rf"a video must be one .* Got .*{name}\.mp4: .*{reason}"):
             load_video(tmp_path / f"{name}.mp4", processor)
+    films = [save_video(tmp_path / f"{width}.avi", 8, size=(48, width)) for width in (64, 96)]
+    (tmp_path / "sizes.avi").write_bytes(b"".join(film.read_bytes() for film in films))
+    with pytest.raises(ValueError, match=r"sizes.avi: its frames must be of one size. They are of 2"):
+        load_video(tmp_path / "sizes.avi", processor, 10)
     with pytest.raises(ValueError, match="Gemma3Processor takes no videos: give pictures"):
         load_video(tmp_path / "a.mp4", make_processor("gemma3"))
 
@@ -231,6 +294,10 @@ def test_items_with_videos_are_compared_with_those_calibrated_on(data: Path, tmp
     assert result.exit_code in (0, 1), result.stderr  # 1: no answer is right
     samples = [json.loads(x) for x in (tmp_path / "r.samples.jsonl").read_text().splitlines()[1:]]
     assert [(x["n_seen"], x["n_images"], x["sparse"]["ran"]) for x in samples] == [(1, 4, "sparse"), (0, 4, "sparse")]
+
+    path.write_text("".join(json.dumps(item | {"fps": 1}) + "\n" for item in items))
+    result = blindsight("eval", SHIPPED_MODEL, path, "--out", tmp_path / "r.json", *options)
+    assert result.exit_code == 2 and "or the result of this very run" in " ".join(result.stderr.split())
 
     path.write_text("".join(json.dumps(item) + "\n" for item in [*items, same]))
     result = blindsight("eval", SHIPPED_MODEL, path, "--out", tmp_path / "s.json", *options)

@@ -52,19 +52,22 @@ def load_video(path: Path, processor: Any, fps: float | None = None) -> Video:
     with _open_video(path) as video:
         stream = video.streams.video[0]
         # Not what the file's head says, which counts frames that are cut off, too, or is not there.
-        n = sum(packet.size > 0 and not packet.is_discard for packet in video.demux(stream))
+        n = sum(map(_is_shown, video.demux(stream)))
         if n < 2 * taker.temporal_patch_size:
             raise ValueError(f"{n} frames. There must be {2 * taker.temporal_patch_size} or more; else give pictures")
         if not stream.average_rate:
             raise ValueError("nothing says how many frames there are a second. Convert it")
         rate = float(stream.average_rate)
         metadata = VideoMetadata(n, fps=rate, duration=n / rate, video_backend="pyav")
-        metadata.frames_indices = np.asarray(taker.sample_frames(metadata, fps=fps or taker.fps or FPS))
+        chosen = np.asarray(taker.sample_frames(metadata, fps=fps or taker.fps or FPS))
+        metadata.frames_indices = chosen[chosen < n]  # torch.arange's rounding may have added n itself
     wanted = set(metadata.frames_indices.tolist())
     with _open_video(path) as video:
         frames = [_pixels(frame) for i, frame in enumerate(video.decode(video=0)) if i in wanted]
         if len(frames) < len(wanted):
             raise ValueError(f"{len(wanted)} frames of {n} were to be read, {len(frames)} could be. Convert it")
+        if len(sizes := {frame.shape[:2] for frame in frames}) > 1:
+            raise ValueError(f"its frames must be of one size. They are of {len(sizes)}. Convert it")
     return Video(np.stack(frames), metadata)
 
 
@@ -78,6 +81,13 @@ def check_video(path: Path) -> None:
         pass
 
 
+def _is_shown(packet: av.Packet[Any]) -> bool:
+    """Whether a packet of a video gives a frame; VP8 has some that are never shown, by a bit in their first byte."""
+    if packet.size == 0 or packet.is_discard:
+        return False
+    return packet.stream.codec_context.name != "vp8" or bool(memoryview(packet)[0] & 0x10)
+
+
 def _pixels(frame: av.VideoFrame) -> np.ndarray:
     """One frame as `[height, width, 3]` uint8."""
     return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
@@ -89,7 +99,12 @@ def _open_video(path: Path) -> Iterator[Any]:
     import av  # here, as prompts without videos need none
 
     try:
-        with av.open(str(path)) as video:
+        # Without its name, in which FFmpeg sees protocols ("http:") and patterns ("%d.png"); a list's files stay shut.
+        with (
+            open(path, "rb") as file,
+            open(file.fileno(), "rb", closefd=False) as nameless,
+            av.open(nameless, options={"protocol_whitelist": "none"}) as video,
+        ):
             if not video.streams.video:
                 raise ValueError("it has no pictures")
             video.streams.video[0].thread_type = "AUTO"
