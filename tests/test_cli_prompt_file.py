@@ -54,6 +54,7 @@ BAD_LINES = {
     "text-video": ('{"videos": ["prompts.jsonl"], "question": "?"}', "line 2: a video must be one that PyAV can read"),
     "no-fps": ('{"videos": [], "fps": 0, "question": "?"}', 'line 2: "fps" must be a number above 0'),
     "true-fps": ('{"videos": [], "fps": true, "question": "?"}', 'line 2: "fps" must be a number above 0'),
+    "long-fps": (f'{{"videos": [], "fps": 1{"0" * 400}, "question": "?"}}', 'line 2: "fps" must be a number above 0'),
     "image-token": ('{"images": ["0-0.png", "0-1.png"], "question": "<|image_pad|>"}', "line 2: a question must be"),
     "video-token": ('{"images": ["0-0.png", "0-1.png"], "question": "<|video_pad|>"}', "Got <|video_pad|> in it"),
 }

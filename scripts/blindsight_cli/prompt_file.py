@@ -9,9 +9,9 @@ Pictures and videos are named relative to the file; a prompt has either or both.
 
 from __future__ import annotations
 
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +94,7 @@ def _parse(line: bytes, path: Path, number: int, answered: bool) -> Prompt:
     question, fps = prompt["question"], prompt.get("fps")
     if not _is_text(question):
         raise ValueError(f'{where}: "question" must be a text of whole characters. Got {question!r:.80}.')
-    if fps is not None and not (type(fps) in (int, float) and 0 < fps < math.inf):
+    if fps is not None and not (type(fps) in (int, float) and 0 < fps <= sys.float_info.max):
         raise ValueError(f'{where}: "fps" must be a number above 0, frames a second. Got {fps!r:.80}.')
     images = _files(prompt, "images", path, where, check_image)
     videos = _files(prompt, "videos", path, where, check_video)
