@@ -121,7 +121,7 @@ def tune(profile: Profile, budget: Budget, measure: Measure, *, held_out: str | 
     points[0] = CurvePoint(1.0, 0.0, agreement=1.0, n_prompts=n_prompts, heads=heads_of(dense))
     curve = tuple(points[step] for step in sorted(points))
     sinks = profile.choice.get("sinks")  # how the template was learned, which stays
-    split = _split(profile, points[passes], budget.processes)
+    split = _split(profile, path.categories(passes), budget.processes)
     chosen = _chosen(points[passes], budget.kl, ranking=budget.ranking, held_out=held_out, sinks=sinks, **split)
     return replace(profile, **chosen, curve=curve)
 
@@ -150,22 +150,27 @@ def retune(profile: Profile, budget: float) -> Profile:
     processes = processes_of(profile)
 
     def cost(point: CurvePoint) -> tuple[float, float]:
-        return _split(profile, point, processes).get("busiest", point.kept), point.kl
+        assert point.categories is not None
+        return _split(profile, point.categories, processes).get("busiest", point.kept), point.kl
 
     chosen = min(within, key=cost)
+    assert chosen.categories is not None
     kept = {key: profile.choice[key] for key in ("ranking", "held_out", "sinks") if key in profile.choice}
-    return replace(profile, **_chosen(chosen, allowed, **kept, **_split(profile, chosen, processes)))
+    return replace(profile, **_chosen(chosen, allowed, **kept, **_split(profile, chosen.categories, processes)))
 
 
 def retune_by_thresholds(profile: Profile, thresholds: Thresholds) -> Profile:
     """The profile with the categories that thresholds on retained mass give; its curve stays, and says what it is of.
 
+    So does the number of processes, by which a later budget chooses.
+
     Raises:
-        ValueError: it has no statistics, or not the quantile.
+        ValueError: it has no statistics, or not the quantile; or the heads cannot be split over its processes.
     """
     categories = classify(_statistics_of(profile), thresholds)
     kept = {key: profile.choice[key] for key in ("held_out", "sinks") if key in profile.choice}
-    return replace(profile, categories=categories, choice=thresholds.to_choice() | kept)
+    split = _split(profile, categories, processes_of(profile))
+    return replace(profile, categories=categories, choice=thresholds.to_choice() | kept | split)
 
 
 def verify(profile: Profile, measure: Measure, *, held_out: str) -> Profile:
@@ -205,12 +210,11 @@ def processes_of(profile: Profile) -> int:
     return processes
 
 
-def _split(profile: Profile, point: CurvePoint, processes: int) -> dict[str, Any]:
-    """What `choice` says of processes: how many, and the share of its pairs that the busiest computes at a point."""
+def _split(profile: Profile, categories: np.ndarray, processes: int) -> dict[str, Any]:
+    """What `choice` says of processes: how many, and the share of its pairs that the busiest computes."""
     if processes == 1:
         return {}
-    assert point.categories is not None
-    kept = kept_pairs(point.categories, pairs_of(_statistics_of(profile)), processes)
+    kept = kept_pairs(categories, pairs_of(_statistics_of(profile)), processes)
     return {"processes": processes, "busiest": rounded(kept)}
 
 

@@ -144,11 +144,11 @@ def _layer_edges(pairs: np.ndarray, harm: np.ndarray, processes: int) -> Iterato
     """
     walks = [_walk(pairs, part) for part in np.split(harm, processes)]
     choices = list(_abreast(walks))
-    saved = choices[0].pairs - np.array([choice.pairs for choice in choices])
+    kept = np.array([choice.pairs for choice in choices])
     total = np.array([choice.harm for choice in choices])
     at, slope = 0, 0.0
     while at < len(choices) - 1:
-        slopes = (total[at + 1 :] - total[at]) / (saved[at + 1 :] - saved[at])
+        slopes = (total[at + 1 :] - total[at]) / (kept[at] - kept[at + 1 :])
         at += 1 + int((slopes <= slopes.min() * (1 + 1e-9)).argmax())
         slope = max(float(slopes.min()), slope)
         yield slope, choices[at].categories

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from budgets import Model, made_from, total
-from shared_profiles.budget import Budget, budget_of, chosen_point, processes_of, retune, tune
+from shared_profiles.budget import Budget, budget_of, chosen_point, processes_of, retune, retune_by_thresholds, tune
 from shared_profiles.categories import Category
+from shared_profiles.classifier import Thresholds
 from shared_profiles.path import Path, kept_pairs, path_of
 from shared_profiles.profile import CurvePoint, Profile
 from shared_profiles.profile_parts import heads_of
@@ -75,6 +76,15 @@ def test_at_every_price_it_beats_the_path_that_knows_no_processes(given_costs):
         assert mine <= min(theirs) * (1 + 1e-6) + 1e-12
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_choices_that_save_almost_all_are_told_apart(processes):
+    """What they save is the same number in floating point; what they keep is not."""
+    harm = np.broadcast_to(np.array([0.0, 0.3, 0.2, 0.1]), (1, 4, 4))
+    path = Path(harm, np.array([[1e17], [1.0], [2.0], [3.0]]), processes)
+    assert all(np.isfinite(move.slope) for move in path.moves)
+    assert (path.categories(len(path)) == Category.SINK).all()
+
+
 @given(st.integers(0, 2**32), st.sampled_from([(4, 2), (4, 4), (6, 3), (6, 2), (5, 1)]), st.floats(0.001, 10))
 @settings(max_examples=40)
 def test_with_one_way_to_be_sparse_it_is_the_best_of_all_choices(seed, split, price):
@@ -120,6 +130,10 @@ def test_a_search_says_how_many_processes_it_was_for(profile):
         shares[processes] = busiest(pairs, tuned.categories, 4) / busiest(pairs, tuned.categories * 0, 4)
         if processes == 4:
             assert tuned.choice["busiest"] == pytest.approx(shares[4], rel=1e-5)
+            by_mass = retune_by_thresholds(tuned, Thresholds())
+            share = busiest(pairs, by_mass.categories, 4) / busiest(pairs, by_mass.categories * 0, 4)
+            assert (by_mass.choice["processes"], by_mass.choice["busiest"]) == (4, pytest.approx(share, rel=1e-5))
+            assert retune(by_mass, 2.0).choice["processes"] == 4  # what was told stays when the way of choosing changes
             again = retune(tuned, 2.0)
             assert (again.choice, heads_of(again.categories)) == (tuned.choice, heads_of(tuned.categories))
             assert Profile.from_json(tuned.to_json()) == tuned
