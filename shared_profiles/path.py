@@ -9,7 +9,9 @@ at some price form one sequence, and a budget needs to search only that.
 
 Where a layer's heads are split over processes, it takes as long as the busiest of them. A head that is made cheaper in
 one process saves nothing until the others keep up, and what the busiest computes costs the others nothing: a layer's
-choices are, for every number of pairs, what each process would choose that computes no more.
+choices are, for every number of pairs, what each process would choose that computes no more. Of a process only those
+choices count that are best at some price for it alone, which falls a little short of the best of all: in trials the sum
+of harm and price was about 1% above it in the median and at most 12%.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ class Move:
 
 class Path:
     """The choices that are best at some price, from all-Dense (step 0) to all-cheapest (the last step).
+
+    With several processes they are nearly the best, see above.
 
     Args:
         harm: `[L, H, 4]`, the estimated harm of each category, at least 0, 0 for `DENSE`.

@@ -142,6 +142,11 @@ def test_frames_that_are_never_shown_do_not_count(processor: Any, tmp_path: Path
     assert (shown.metadata.total_num_frames, shown.metadata.duration) == (18, 1.8)
 
 
+def test_times_of_frames_tell_a_rate_that_the_head_does_not(processor: Any, tmp_path: Path) -> None:
+    video = load_video(save_video(tmp_path / "a.ts", 40), processor, 2)
+    assert (len(video.frames), video.metadata.fps, video.metadata.duration) == (8, 10, 4)
+
+
 NAMES = ("file:b.mp4", "cache:b.mp4", "pipe:0", "http:/127.0.0.1:9/a.mp4", "concat:b.mp4|b.mp4", "a%d.mp4")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +53,11 @@ def load_video(path: Path, processor: Any, fps: float | None = None) -> Video:
     with _open_video(path) as video:
         stream = video.streams.video[0]
         # Not what the file's head says, which counts frames that are cut off, too, or is not there.
-        n = sum(map(_is_shown, video.demux(stream)))
+        times = [packet.pts for packet in video.demux(stream) if _is_shown(packet)]
+        n = len(times)
         if n < 2 * taker.temporal_patch_size:
             raise ValueError(f"{n} frames. There must be {2 * taker.temporal_patch_size} or more; else give pictures")
-        if not stream.average_rate:
-            raise ValueError("nothing says how many frames there are a second. Convert it")
-        rate = float(stream.average_rate)
+        rate = float(stream.average_rate or _mean_rate(times, stream.time_base))
         metadata = VideoMetadata(n, fps=rate, duration=n / rate, video_backend="pyav")
         chosen = np.asarray(taker.sample_frames(metadata, fps=fps or taker.fps or FPS))
         metadata.frames_indices = chosen[chosen < n]  # torch.arange's rounding may have added n itself
@@ -79,6 +79,14 @@ def check_video(path: Path) -> None:
     """
     with _open_video(path):
         pass
+
+
+def _mean_rate(times: list[int | None], unit: Fraction | None) -> Fraction:
+    """Frames a second by the times of the frames, in units of `unit` seconds: what browsers record states none."""
+    known = [time for time in times if time is not None]
+    if unit is None or len(known) < len(times) or max(known) == min(known):
+        raise ValueError("nothing says how many frames there are a second. Convert it")
+    return (len(known) - 1) / ((max(known) - min(known)) * unit)
 
 
 def _is_shown(packet: av.Packet[Any]) -> bool:
