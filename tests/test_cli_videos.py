@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,18 @@ from tiny_checkpoints import make_processor
 from torch_blindsight.models import inspect_model
 from torch_blindsight.prompts import read_layouts
 
-# Degrees counterclockwise, and the matrix that an MP4 has for them.
-TURNS = {0: (1, 0, 0, 1), -90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 90: (0, -1, 1, 0)}
+# The matrix that an MP4 has for it, and where that takes pixels.
+TURNS: dict[tuple[int, ...], Callable[[np.ndarray], np.ndarray]] = {
+    (1, 0, 0, 1): lambda pixels: pixels,
+    (0, 1, -1, 0): lambda pixels: np.rot90(pixels, -1, axes=(1, 2)),
+    (-1, 0, 0, -1): lambda pixels: pixels[:, ::-1, ::-1],
+    (0, -1, 1, 0): lambda pixels: np.rot90(pixels, 1, axes=(1, 2)),
+    (-1, 0, 0, 1): lambda pixels: pixels[:, :, ::-1],
+    (1, 0, 0, -1): lambda pixels: pixels[:, ::-1],
+    (0, 1, 1, 0): lambda pixels: pixels.swapaxes(1, 2),
+    (0, -1, -1, 0): lambda pixels: pixels[:, ::-1, ::-1].swapaxes(1, 2),
+    (0, 0, 0, 0): lambda pixels: pixels,  # says nothing
+}
 
 
 def save_video(path: Path, n_frames: int, seed: int = 0, rate: int = 10, size: tuple[int, int] = (48, 64)) -> Path:
@@ -173,15 +184,15 @@ def test_no_other_file_is_read(processor: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("turn", TURNS)
-def test_frames_are_turned_as_the_camera_says(turn: int, processor: Any, tmp_path: Path) -> None:
+def test_frames_are_turned_as_the_camera_says(turn: tuple[int, ...], processor: Any, tmp_path: Path) -> None:
     path = save_video(tmp_path / "a.mp4", 8)
     upright = load_video(path, processor).frames
     content = bytearray(path.read_bytes())
     at = content.index(b"tkhd") + 44  # the track's matrix, in 16.16 fixed point
-    a, b, c, d = (x << 16 for x in TURNS[turn])
+    a, b, c, d = (x << 16 for x in turn)
     content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(content)
-    np.testing.assert_array_equal(load_video(path, processor).frames, np.rot90(upright, turn // 90, axes=(1, 2)))
+    np.testing.assert_array_equal(load_video(path, processor).frames, TURNS[turn](upright))
 
 
 def test_what_is_no_video_is_refused(processor: Any, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ class Video:
     """The frames that a model gets of a video.
 
     Attributes:
-        frames: `[n, height, width, 3]` uint8, RGB, turned as the camera says.
+        frames: `[n, height, width, 3]` uint8, RGB, turned and mirrored as the camera says.
         metadata: of the whole video, and which of its frames these are.
     """
 
@@ -97,8 +97,14 @@ def _is_shown(packet: av.Packet[Any]) -> bool:
 
 
 def _pixels(frame: av.VideoFrame) -> np.ndarray:
-    """One frame as `[height, width, 3]` uint8."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    """One frame as `[height, width, 3]` uint8, turned and mirrored as the file says."""
+    pixels, matrix = frame.to_ndarray(format="rgb24"), frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()  # right is shown towards (a, b), down towards (c, d)
+    if a * d < b * c:
+        pixels = pixels[::-1]  # mirrored; `rotation` is that of the x axis alone
+    return np.rot90(pixels, round(frame.rotation / 90)) if a or b else pixels
 
 
 @contextmanager
