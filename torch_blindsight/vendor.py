@@ -79,7 +79,7 @@ def vendor_attention(
     """
     group = q.shape[1] // k.shape[1]
     for b, layout in enumerate(layouts):
-        rows = slice(max(layout.start - q_start, 0), max(layout.stop - q_start, 0))
+        rows = slice(max(layout.start - q_start, 0), layout.stop - q_start)
         if rows.start >= rows.stop:
             continue
         for head in heads:
@@ -111,7 +111,7 @@ def _add_upper_triangles(
 
     Row i of n sees keys i + 1 .. n - 1. With rows and keys read backwards that is a causal square of n - 1.
     """
-    for index in _images(layout, first, first + len(q), q.device):
+    for index in _images(layout, first, q.device):
         later, earlier = index[:, :-1], index[:, 1:]
         o, m = _flash(q[earlier][:, None], k[later][:, None], v[later][:, None], scale, causal=True)  # [m, 1, n - 1, D]
         where = earlier.reshape(-1)
@@ -120,9 +120,9 @@ def _add_upper_triangles(
 
 
 @lru_cache(maxsize=16)
-def _images(layout: Layout, first: int, stop: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Tokens of the images among rows `[first, stop)`, counted from `first`, last first: `[m, n]` each."""
-    begin, end = np.maximum(layout.images[:, 1], first) - first, np.minimum(layout.images[:, 2], stop) - first
+def _images(layout: Layout, first: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Tokens of the images among rows from `first` on, counted from `first`, last first: `[m, n]` each."""
+    begin, end = np.maximum(layout.images[:, 1], first) - first, layout.images[:, 2] - first
     lengths, found = end - begin, []
     for n in np.unique(lengths[lengths > 1]).tolist():
         rows = torch.from_numpy(end[lengths == n][:, None] - 1 - np.arange(n)).to(device)
