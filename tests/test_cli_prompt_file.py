@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from blindsight_cli.loading import load_model
 from blindsight_cli.main import app
+from blindsight_cli.prompt_file import Prompt, read_prompts
 from shared_profiles import Category
 from shared_profiles.profile import Profile
 from tiny_checkpoints import save_checkpoint, save_prompts
@@ -72,6 +73,14 @@ def test_calibrate_names_the_bad_line(line: str, message: str, checkpoint: Path,
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr and "bad.jsonl" in result.stderr
     assert not (tmp_path / "p.json").exists()
+
+
+def test_answers_are_looked_at_only_where_they_are_asked_for(prompts: Path) -> None:
+    path = prompts.with_name("answers.jsonl")
+    path.write_text(' \r\n{"images": ["0-0.png"], "question": " ? ", "answer": 3, "options": "x"}\n')
+    assert read_prompts(path) == read_prompts(path, 1) == [Prompt(2, (path.with_name("0-0.png"),), " ? ")]
+    with pytest.raises(ValueError, match='line 2 must have an "answer", a text'):
+        read_prompts(path, answered=True)
 
 
 def test_run_names_the_question_that_a_processor_refuses(checkpoint: Path, prompts: Path) -> None:

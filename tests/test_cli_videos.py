@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from blindsight_cli.loading import ask, load_processor
 from blindsight_cli.main import app
 from blindsight_cli.prompt_file import PromptLoader, read_prompts
 from blindsight_cli.smallvlm.puzzles import make_puzzle
-from blindsight_cli.videos import load_video
+from blindsight_cli.videos import _mean_rate, load_video
 from shared_profiles import Category
 from shared_profiles.profile import Profile
 from tiny_checkpoints import make_processor
@@ -158,6 +159,38 @@ def test_times_of_frames_tell_a_rate_that_the_head_does_not(processor: Any, tmp_
     assert (len(video.frames), video.metadata.fps, video.metadata.duration) == (8, 10, 4)
 
 
+@pytest.mark.parametrize(
+    ("times", "unit"), [([0, 2, None, 6], Fraction(1, 10)), ([3, 3, 3, 3], Fraction(1, 10)), ([0, 2, 4, 6], None)]
+)
+def test_times_that_tell_no_rate_are_refused(times: list[int | None], unit: Fraction | None) -> None:
+    with pytest.raises(ValueError, match="nothing says how many frames there are a second"):
+        _mean_rate(times, unit)
+    assert _mean_rate([0, 6, 2, 4], Fraction(1, 10)) == 5, "in the order of the packets"
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_frames_that_are_stored_out_of_turn_or_cut_off(suffix: str, processor: Any, tmp_path: Path) -> None:
+    """Frames that look ahead come behind what they look at; a film that was cut keeps frames that are not shown."""
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as video:
+        stream = video.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for i in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 10 * i, np.uint8), format="rgb24")
+            video.mux(stream.encode(frame))
+        video.mux(stream.encode())
+    cut = 6 if suffix == "mp4" else 0
+    if cut:
+        content = bytearray(path.read_bytes())
+        at, clock = content.index(b"elst") + 16, content.index(b"mdhd") + 16  # where it begins, and units a second
+        start = struct.unpack_from(">i", content, at)[0] + cut * struct.unpack_from(">i", content, clock)[0] // 10
+        struct.pack_into(">i", content, at, start)
+        path.write_bytes(content)
+    video = load_video(path, processor, 10)
+    np.testing.assert_allclose(video.frames[:, 0, 0, 0], range(10 * cut, 200, 10), atol=4)
+    assert (video.metadata.total_num_frames, video.metadata.fps) == (20 - cut, 10)
+
+
 NAMES = ("file:b.mp4", "cache:b.mp4", "pipe:0", "http:/127.0.0.1:9/a.mp4", "concat:b.mp4|b.mp4", "a%d.mp4")
 
 
@@ -170,8 +203,9 @@ def test_a_name_is_only_a_name(name: str, processor: Any, tmp_path: Path, monkey
     np.testing.assert_array_equal(wanted, load_video(save_video(tmp_path / "a.mp4", 8), processor).frames)
 
 
-def test_no_other_file_is_read(processor: Any, tmp_path: Path) -> None:
+def test_no_other_file_is_read(processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither those of a pattern, which FFmpeg sees in the names of pictures, nor those that a list names."""
+    monkeypatch.chdir(tmp_path)  # from where a list without a name finds its files
     for i in range(8):
         Image.new("RGB", (64, 48), "red").save(tmp_path / f"{i}.png")
     films = [Image.new("RGB", (64, 48), (0, 0, 30 * i)) for i in range(8)]
@@ -200,6 +234,7 @@ def test_what_is_no_video_is_refused(processor: Any, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     save_video(tmp_path / "short.mp4", 3)
+    assert len(load_video(save_video(tmp_path / "four.mp4", 4), processor, 10).frames) == 4, "two groups are enough"
     with av.open(str(tmp_path / "sound.mp4"), "w") as sound:
         stream = sound.add_stream("aac", rate=8000)
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")

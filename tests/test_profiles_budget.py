@@ -97,6 +97,13 @@ def test_between_equals_a_head_gets_what_sees_more():
     assert path.categories(len(path)) == Category.INTRA_IMAGE_SINK
 
 
+def test_heads_that_are_alike_give_way_one_by_one():
+    """A budget finds the nearest choice, however sums of 0.3 are rounded; a head takes a straight line in one move."""
+    path = Path(np.tile([0.0, 0.6, 0.0, 0.3], (1, 8, 1)), np.array([[7.0], [1.0], [7.0], [4.0]]))
+    sparse = [np.count_nonzero(path.categories(step) == Category.SINK) for step in range(len(path) + 1)]
+    assert sparse == list(range(9))
+
+
 @pytest.mark.parametrize(
     ("harm", "pairs", "message"),
     [

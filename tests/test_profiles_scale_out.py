@@ -136,6 +136,8 @@ def test_every_prompt_counts_once_and_every_bit_is_the_same(runs, sinks, tmp_pat
     assert {x for x in machine.measured if x % 2} == {x for x in range(N) if x % 2} - set(split.prompts.values())
     assert all(n == 1 for x, n in machine.measured.items() if x % 2), "no prompt is measured twice"
     assert machine.looked.keys() == one.looked.keys(), "a run killed while it learns learns again"
+    if len(runs) == 1:
+        assert machine.looked == one.looked, "one process looks for all"
 
 
 def test_a_state_is_on_the_disk_as_it_grows(tmp_path):
@@ -194,6 +196,17 @@ def test_states_of_other_machines_are_merged(tmp_path):
         assert machine.run(range(N), state=path, merge=both) == whole == Statistics.load(path)
         assert {x for x in machine.measured if x % 2} == ({21, 23} if state == "new" else set())
     assert (tmp_path / "b.npz").read_bytes() == before, "what is merged is only read"
+
+
+@pytest.mark.parametrize("name", ["a[1].npz", "a+.npz", "a.b", "*.npz"])
+def test_a_state_may_have_any_name(name, tmp_path):
+    """None is taken for a pattern, and none for another's."""
+    Machine().run(range(9), state=tmp_path / name)
+    for other in ("a.npz", "a1.npz", "aa.npz", "axb", "a.rank0x.npz", "ab.rank0.npz", f"{name}.bak"):
+        (tmp_path / other).write_text("another's")
+    again = Machine()
+    again.run(range(9), state=tmp_path / name)
+    assert not [x for x in again.measured if x % 2]
 
 
 def test_states_that_disagree_are_named(tmp_path):
@@ -270,8 +283,10 @@ def test_processes_must_be_given_the_same_held_out_prompts():
     """Each would measure its share of another list, and some prompts of either would be measured by nobody."""
     given = [{"one": 101, "two": 103}, {"two": 103, "one": 101}, {"one": 101, "three": 105}]
     assert all(len(s) == N // 2 for s in Machine().run_on(2, lambda rank: range(N), lambda rank: Given(given[rank])))
-    ended = Machine().run_on(2, lambda rank: range(N), lambda rank: Given(given[rank + 1]))
-    assert all("and the same held-out ones. Got 2 kinds of them in 2" in str(error) for error in ended)
+    splits = [(Given(given[1]), Given(given[2])), (Split(0.25), Split(0.5)), (Split(0.25), None)]
+    for each in splits:
+        ended = Machine().run_on(2, lambda rank: range(N), each.__getitem__)
+        assert all("and the same held-out ones. Got 2 kinds of them in 2" in str(error) for error in ended)
 
 
 def test_a_template_is_learned_from_the_first_prompts_that_are_calibrated_on(tmp_path):
@@ -358,12 +373,15 @@ def test_a_state_has_one_writer(tmp_path):
     assert not (tmp_path / "state.npz.lock").exists(), "a killed run does not hold it, and the next one cleans up"
 
 
-def test_a_lock_that_its_owner_has_just_removed_is_none(tmp_path, monkeypatch):
+@pytest.mark.parametrize("another", [False, True], ids=["none", "anothers"])
+def test_a_lock_that_its_owner_has_just_removed_is_none(another, tmp_path, monkeypatch):
     state = tmp_path / "state.npz"
     before = state_files.try_lock
 
     def after_the_owner_ended(file):
         (tmp_path / "state.npz.lock").unlink()
+        if another:  # began at once
+            (tmp_path / "state.npz.lock").touch()
         return before(file)
 
     monkeypatch.setattr(state_files, "try_lock", after_the_owner_ended)
