@@ -99,6 +99,7 @@ BAD = {
     "half-an-option": ({"options": ["yes", "\ud800"]}, "two or more"),
     "answer-number": ({"answer": 3}, 'must have an "answer"'),
     "one-option": ({"options": ["yes"]}, "two or more"),
+    "blank-option": ({"options": ["yes", " "]}, "two or more"),
     "option-number": ({"options": ["yes", 3]}, "two or more"),
     "alike": ({"options": ["yes", "Yes."]}, "must differ"),
     "no-option": ({"options": ["no", "maybe"]}, "one of the options"),

@@ -121,6 +121,14 @@ def test_the_checkpoint_says_how_many_frames_unless_the_prompt_does(tmp_path: Pa
         load_video(path, processor, 1)
 
 
+def test_a_prompts_own_rate_is_taken(processor: Any, tmp_path: Path) -> None:
+    save_video(tmp_path / "a.mp4", 40)
+    lines = [json.dumps({"videos": ["a.mp4"], "question": "?"} | fps) for fps in ({}, {"fps": 1}, {"fps": 5})]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    prompts = PromptLoader(read_prompts(tmp_path / "prompts.jsonl"), tmp_path / "prompts.jsonl", processor, "cpu")
+    assert [inputs["video_grid_thw"][0, 0].item() for inputs in prompts] == [4, 2, 10], "pairs of frames"
+
+
 @pytest.mark.parametrize(("rate", "n", "fps", "n_frames"), [(10, 75, 2, 14), (17, 17, 14, 14)])
 def test_rounding_adds_no_frame_behind_the_last(
     rate: int, n: int, fps: float, n_frames: int, processor: Any, tmp_path: Path

@@ -189,12 +189,18 @@ def test_the_drawing_of_the_module():
     assert plan.slot[:13].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 12, 13, 14, 15]
 
 
-@pytest.mark.parametrize("lengths", [[7], [300, 5, 129, 64], [16] * 40], ids=str)
-def test_attention_within_segments(lengths):
+@pytest.mark.parametrize(
+    ("lengths", "size"), [([7], 2), ([300, 5, 129, 64], 2), ([300, 5, 129, 64], 20), ([16] * 40, 2)], ids=str
+)
+def test_attention_within_segments(lengths, size):
+    """Also of scores so far apart, some 1,000, that exp would overflow if it began anew with every tile of keys."""
     n = sum(lengths)
     n_padded = bucket(n)
-    q, k, v = np.random.default_rng(0).normal(size=(3, 2, n_padded, 8)).astype(np.float32) * 2
-    ours = segment_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), segments(np.array(lengths), n_padded))
+    q, k, v = np.random.default_rng(0).normal(size=(3, 2, n_padded, 8)).astype(np.float32) * size
+    arguments = *map(jnp.asarray, (q, k, v)), segments(np.array(lengths), n_padded)
+    ours = segment_attention(*arguments)
+    program = str(jax.make_jaxpr(segment_attention)(*arguments))
+    assert program.count("HIGHEST") == 2 * program.count("dot_general["), "no product is rounded to TF32"
     segment = torch.tensor(np.repeat(np.arange(len(lengths)), lengths))
     mask = segment[:, None] == segment
 

@@ -396,21 +396,3 @@ def test_a_width_is_refused_beside_a_template():
         check_local_block(SinkTemplate(), 128)
     with pytest.raises(ValueError, match="positive multiple of 8"):
         check_local_block(None, 12)
-
-
-def test_a_template_is_plain_integers_that_a_state_gives_back():
-    """A state names its template in text: what is written must be what is read."""
-    numbers = np.array([0, 3])
-    for given in ((numbers, [1, 2], np.int64(16)), (list(numbers), range(1, 3), 16), ((0, 3), numbers[1:] - [2], 16)):
-        template = SinkTemplate(*given)
-        values = (*template.from_start, *template.from_end, template.local_block)
-        assert {type(value) for value in values} == {int} and hash(template) == hash(SinkTemplate(*given))
-        assert read_origin(origin_of(fingerprint().digest, template)) == (fingerprint().digest, template)
-    for name, wrong in (
-        ("from_start", [(0, 1.0), (True,), np.array([True]), "12", 3, np.array(3), None, (2**31,), (2**64,), [[0]]]),
-        ("from_end", [(2, True), (1, np.float32(2)), (np.uint64(2**64 - 1),)]),
-        ("local_block", [8.0, True, "8", (8,), None, 2**31, 2**64]),
-    ):
-        for value in wrong:
-            with pytest.raises(ValueError, match=rf"{name} must .* integers? below 2\^31\. Got "):
-                SinkTemplate(**{name: value})

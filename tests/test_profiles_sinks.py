@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from profile_strategies import fingerprint
 from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from shared_profiles.sink_statistics import (
     MOST,
@@ -18,6 +19,7 @@ from shared_profiles.sink_statistics import (
     sink_heads,
     visible_pairs,
 )
+from shared_profiles.state_files import origin_of, read_origin
 from shared_profiles.statistics import Statistics
 from strategies import layouts, windows
 
@@ -188,3 +190,21 @@ def test_wrong_values_are_refused(wrong):
     values = dict(own=np.ones((1, 1)), text=np.zeros((1, 1)), others=np.zeros((1, 1, 7)), pairs=np.ones((1, 7)))
     with pytest.raises(ValueError, match="must be"):
         SinkMass(**values | wrong)
+
+
+def test_a_template_is_plain_integers_that_a_state_gives_back():
+    """A state names its template in text: what is written must be what is read."""
+    numbers = np.array([0, 3])
+    for wanted in ((numbers, [1, 2], np.int64(16)), (list(numbers), range(1, 3), 16), ((0, 3), numbers[1:] - [2], 16)):
+        template = SinkTemplate(*wanted)
+        values = (*template.from_start, *template.from_end, template.local_block)
+        assert {type(value) for value in values} == {int} and hash(template) == hash(SinkTemplate(*wanted))
+        assert read_origin(origin_of(fingerprint().digest, template)) == (fingerprint().digest, template)
+    for name, wrong in (
+        ("from_start", [(0, 1.0), (True,), np.array([True]), "12", 3, np.array(3), None, (2**31,), (2**64,), [[0]]]),
+        ("from_end", [(2, True), (1, np.float32(2)), (np.uint64(2**64 - 1),)]),
+        ("local_block", [8.0, True, "8", (8,), None, 2**31, 2**64]),
+    ):
+        for value in wrong:
+            with pytest.raises(ValueError, match=rf"{name} must .* integers? below 2\^31\. Got "):
+                SinkTemplate(**{name: value})

@@ -23,6 +23,7 @@ from shared_profiles import Category, Layout, SinkTemplate, category_mask
 from strategies import layouts, templates, windows
 from tiny_models import family_names, make_model, mixed_profile, patch
 from torch_blindsight import calibrate
+from torch_blindsight.break_even import PORTABLE_COSTS, TRITON_COSTS
 from torch_blindsight.implementations import implementation
 
 
@@ -181,8 +182,16 @@ def on_gpu(head_dim: int = 64, dtype=torch.bfloat16) -> tuple:
 
 def test_on_a_gpu_it_is_the_default_and_what_it_cannot_serve_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert implementation(None, *on_gpu()).name == "triton"
-    assert implementation("portable", *on_gpu()).name == "portable"
+    for name, chosen, differentiable, costs in (
+        (None, "triton", False, TRITON_COSTS),
+        ("portable", "portable", True, PORTABLE_COSTS),
+        ("reference", "reference", False, None),
+    ):
+        found = implementation(name, *on_gpu())
+        assert (found.name, found.differentiable, found.costs) == (chosen, differentiable, costs)
+    model, info = on_gpu()
+    info.attentions += (SimpleNamespace(q_proj=torch.nn.Linear(1, 1)),)
+    assert implementation(None, model, info).name == "portable", "a part of the model is on the CPU"
     with pytest.raises(NotImplementedError, match=r"one of \(16, 32, 64, 128, 256\). Got 72.* or use the portable"):
         implementation(None, *on_gpu(head_dim=72))
     with pytest.raises(NotImplementedError, match=r"computes in .*Got torch.float64.* or use the portable"):
