@@ -251,10 +251,20 @@ def test_tied_weights_have_one_table():
             "attention_bias must be False .* Got True",
         ),
         ("qwen2_5_vl", lambda c: setattr(c.vision_config, "hidden_act", "relu"), "activation function .* Got relu"),
+        ("qwen2_5_vl", lambda c: setattr(c.text_config, "hidden_act", "relu"), "activation function .* Got relu"),
         ("gemma3", lambda c: setattr(c.text_config, "layer_types", ["chunked_attention"]), "layer_types must be"),
         ("qwen2_vl", lambda c: setattr(c, "quantization_config", {"quant_method": "awq"}), r"plain weights.*\(awq\)"),
     ],
-    ids=["yarn", "softcap", "bidirectional-text", "bias", "activation", "chunked", "quantized"],
+    ids=[
+        "yarn",
+        "softcap",
+        "bidirectional-text",
+        "bias",
+        "vision-activation",
+        "text-activation",
+        "chunked",
+        "quantized",
+    ],
 )
 def test_what_the_models_do_not_compute_is_refused(family, change, message):
     config = make_model(family).config
