@@ -101,7 +101,7 @@ class StateFiles:
         paths = (*self._old, *merge)
         self._found = [(str(path), Statistics.load(path)) for path in paths]
         # On one disk all have read the same: each would be sent all of it n times.
-        if len(set(processes.gather(tuple(map(_content, paths))))) > 1:
+        if processes.n > 1 and len(set(processes.gather(tuple(map(_content, paths))))) > 1:
             self._found = [each for theirs in processes.gather(self._found) for each in theirs]
 
     @property

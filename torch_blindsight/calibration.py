@@ -122,7 +122,7 @@ def calibrate(
         hidden = processes.rank > 0 or (None if progress is None else not progress)
         collector = Collector(
             tqdm(prompts, desc="calibrating", unit="prompt", disable=hidden),
-            lambda prompt: _arrays(model, info, prompt),
+            lambda prompt: _arrays(model, info, prompt)[0],
             print_,
             rankings=rankings_for(limit),
             state=state,
@@ -187,9 +187,9 @@ def _given(model: nn.Module, info: ModelInfo, prompts: Iterable[Mapping[str, Any
     telling = 0
     for number, prompt in enumerate(prompts):
         with of_prompt(f"held-out prompt {number}"):
-            digest = prompt_digest(_arrays(model, info, prompt))
-            given[digest] = moved(prompt, "cpu")
-            telling += _n_images(prompt, info) >= 2
+            arrays, n_images = _arrays(model, info, prompt)
+            given[prompt_digest(arrays)] = moved(prompt, "cpu")
+            telling += n_images >= 2
     require_held_out(telling, len(given))
     return Given(given)
 
@@ -250,10 +250,10 @@ def _check_prompt(model: nn.Module, prompt: Mapping[str, Any]) -> None:
         )
 
 
-def _arrays(model: nn.Module, info: ModelInfo, prompt: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The prompt in NumPy, once checked; without what is None."""
+def _arrays(model: nn.Module, info: ModelInfo, prompt: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], int]:
+    """The prompt in NumPy, once checked, without what is None; and its number of images."""
     _check_prompt(model, prompt)
-    _n_images(prompt, info)
+    n_images = _n_images(prompt, info)
     arrays = {}
     for name, x in prompt.items():
         if x is None:
@@ -261,7 +261,7 @@ def _arrays(model: nn.Module, info: ModelInfo, prompt: Mapping[str, Any]) -> dic
         if isinstance(x, torch.Tensor):
             x = (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()  # NumPy has no bfloat16
         arrays[name] = np.asarray(x)
-    return arrays
+    return arrays, n_images
 
 
 def _measure(model: nn.Module, mode: ObserveMode, prompt: Mapping[str, Any]) -> PromptStatistics | None:
