@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from blindsight_cli.evaluation.items import LETTERS_INSTRUCTION, Item, digest, normal, read_items
+from blindsight_cli.evaluation.items import LETTERS_INSTRUCTION, Item, about, digest, normal, read_items
 from blindsight_cli.evaluation.result import FORMAT, check_unused, print_summary, summarize
 from blindsight_cli.evaluation.samples import Arm, Sample, SampleFile
 from blindsight_cli.evaluation.statistics import PairedCounts, wilson
@@ -126,16 +126,20 @@ def test_digests_are_of_what_is_seen(folder: Path) -> None:
     """Another file of the same pixels is the same picture; another order, pixel or question is another prompt."""
     black, white = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), "white")
     prompt = Prompt(1, (), "Same?")
+
+    def hashed(prompt: Prompt, images: list[Image.Image]) -> str:
+        return digest(prompt, about(prompt, images))
+
     black.save(folder / "c.bmp")
     with Image.open(folder / "c.bmp") as copy:
-        assert digest(prompt, [black, white]) == digest(prompt, [copy.convert("RGB"), white])
+        assert hashed(prompt, [black, white]) == hashed(prompt, [copy.convert("RGB"), white])
     others = [
-        digest(prompt, [white, black]),
-        digest(prompt, [black]),
-        digest(Prompt(1, (), "Same"), [black, white]),
-        digest(prompt, [black, Image.new("RGB", (4, 16), "white")]),
+        hashed(prompt, [white, black]),
+        hashed(prompt, [black]),
+        hashed(Prompt(1, (), "Same"), [black, white]),
+        hashed(prompt, [black, Image.new("RGB", (4, 16), "white")]),
     ]
-    assert len({digest(prompt, [black, white]), *others}) == 5
+    assert len({hashed(prompt, [black, white]), *others}) == 5
 
 
 def sample(number: int, **changes: object) -> Sample:

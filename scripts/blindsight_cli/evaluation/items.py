@@ -81,12 +81,12 @@ def normal(text: str) -> str:
     return " ".join((text.strip(_AROUND) or text).casefold().split())
 
 
-def digest(prompt: Prompt, images: Sequence[Image.Image]) -> str:
-    """A hash of a prompt's question, pictures and videos, whatever files they came from."""
-    return hashlib.sha256("\n".join([prompt.question, *seen(prompt, images)]).encode()).hexdigest()[:32]
+def digest(prompt: Prompt, parts: Sequence[str]) -> str:
+    """A hash of a prompt's question and of what it is about, `about`, whatever files that came from."""
+    return hashlib.sha256("\n".join([prompt.question, *parts]).encode()).hexdigest()[:32]
 
 
-def seen(prompt: Prompt, images: Sequence[Image.Image]) -> list[str]:
+def about(prompt: Prompt, images: Sequence[Image.Image]) -> list[str]:
     """A hash of each of a prompt's pictures, which are `images`, and of each of its videos' files."""
     return [*map(picture_digest, images), *map(file_digest, prompt.videos)]
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from blindsight_cli.evaluation.items import Item, digest, seen
-from blindsight_cli.prompt_file import Prompt, PromptLoader, open_images, read_prompts
+from blindsight_cli.evaluation.items import Item, about, digest
+from blindsight_cli.prompt_file import PromptLoader, open_images, read_prompts
 from shared_profiles.profile import Profile
 from shared_profiles.provenance import dataset_hash, prompt_digest
 
@@ -33,9 +31,9 @@ class Overlap:
     told: str
     pictures: frozenset[str] = field(default=frozenset(), repr=False)
 
-    def n_seen(self, prompt: Prompt, images: Sequence[Image.Image]) -> int:
-        """How many of a prompt's pictures and videos were calibrated on, as far as that is known."""
-        return sum(digest in self.pictures for digest in seen(prompt, images)) if self.pictures else 0
+    def n_seen(self, parts: Sequence[str]) -> int:
+        """How many of a prompt's pictures and videos, by their digests, were calibrated on, as far as that is known."""
+        return sum(part in self.pictures for part in parts)
 
 
 def check_overlap(
@@ -96,12 +94,12 @@ def _compare(items: Sequence[Item], data: Path, calibration: Path) -> Overlap:
     pictures: set[str] = set()
     questions: set[str] = set()
     for prompt in prompts:
-        images = open_images(prompt, calibration)
-        prompts_seen.add(digest(prompt, images))
-        pictures.update(seen(prompt, images))
+        parts = about(prompt, open_images(prompt, calibration))
+        prompts_seen.add(digest(prompt, parts))
+        pictures.update(parts)
         questions.add(prompt.question)
     suspects = [item.prompt for item in items if item.prompt.question in questions]
-    same = [prompt.line for prompt in suspects if digest(prompt, open_images(prompt, data)) in prompts_seen]
+    same = [p.line for p in suspects if digest(p, about(p, open_images(p, data))) in prompts_seen]
     if same:
         lines = ", ".join(map(str, same[:10])) + (", ..." if len(same) > 10 else "")
         raise ValueError(

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from blindsight_cli.backends import Answer, Backend, Prompt
-from blindsight_cli.evaluation.items import Item, digest
+from blindsight_cli.evaluation.items import Item, about, digest
 from blindsight_cli.evaluation.overlap import Overlap
 from blindsight_cli.evaluation.samples import Arm, Sample, SampleFile
 from blindsight_cli.prompt_file import as_inputs, open_images
@@ -88,16 +88,17 @@ class _Session:
         order = [self.profile, None] if sparse_first else [None, self.profile]
         answers = {p is None: self.model.answer(inputs, p, self.asking.max_new_tokens) for p in order}
         dense, sparse = answers[True], answers[False]
+        parts = about(item.prompt, images)
         return Sample(
             line=item.prompt.line,
-            digest=digest(item.prompt, images),
+            digest=digest(item.prompt, parts),
             expected=item.expected,
             n_tokens=layout.n_tokens,
             n_images=layout.n_images,
             dense=self._arm(item, dense, layout, None),
             sparse=self._arm(item, sparse, layout, self.profile if sparse.ran == "sparse" else None),
             kl=divergence_of_one(dense.log_probs, sparse.log_probs),
-            n_seen=self.overlap.n_seen(item.prompt, images),
+            n_seen=self.overlap.n_seen(parts),
             seconds=self._seconds(inputs, order) if timed else (),
         )
 
