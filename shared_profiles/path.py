@@ -10,8 +10,7 @@ at some price form one sequence, and a budget needs to search only that.
 Where a layer's heads are split over processes, it takes as long as the busiest of them. A head that is made cheaper in
 one process saves nothing until the others keep up, and what the busiest computes costs the others nothing: a layer's
 choices are, for every number of pairs, what each process would choose that computes no more. Of a process only those
-choices count that are best at some price for it alone, which falls a little short of the best of all: in trials the sum
-of harm and price was about 1% above it in the median and at most 12%.
+choices count that are best at some price for it alone, which falls a little short of the best of all.
 """
 
 from __future__ import annotations

@@ -28,6 +28,11 @@ def install_advice(extra: str) -> str:
     return f"In BlindSight's source folder: pip install '.[{extra}]'"
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error of a file's reader says, without the file's name and without a full stop."""
+    return getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
+
+
 class ExitCode(enum.IntEnum):
     """What the `blindsight` command returns to the shell."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as transformers_logging
 
-from blindsight_cli.errors import IncompatibleError, install_advice
+from blindsight_cli.errors import IncompatibleError, install_advice, reason_of
 from blindsight_cli.folders import AGAIN, check_family
 from blindsight_cli.videos import Video
 
@@ -136,8 +136,7 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
                 raise ValueError("its pixels are 32-bit numbers, none of which is known to be white. Save 8 or 16 bits")
             yield image
     except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error).rstrip(".") or type(error).__name__
-        raise ValueError(f"an image must be a picture that Pillow can read. Got {path}: {reason}.") from error
+        raise ValueError(f"an image must be a picture that Pillow can read. Got {path}: {reason_of(error)}.") from error
 
 
 def ask(

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options of the commands: those that several share, and the long ones."""
 
 from __future__ import annotations
 

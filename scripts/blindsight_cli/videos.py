@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from transformers.video_utils import VideoMetadata
 
+from blindsight_cli.errors import reason_of
+
 if TYPE_CHECKING:
     import av
 
@@ -124,5 +126,4 @@ def _open_video(path: Path) -> Iterator[Any]:
             video.streams.video[0].thread_type = "AUTO"
             yield video
     except (av.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
-        raise ValueError(f"a video must be one that PyAV can read. Got {path}: {reason}.") from error
+        raise ValueError(f"a video must be one that PyAV can read. Got {path}: {reason_of(error)}.") from error

@@ -32,8 +32,6 @@ from shared_profiles.classifier import Thresholds, classify
 from shared_profiles.profile import Profile
 from shared_profiles.sink_statistics import SinkMass
 from shared_profiles.summary import Summary
-from torch_blindsight.models import inspect_model
-from torch_blindsight.prompts import read_layouts
 from torch_blindsight.sinks import measure_sinks
 
 FORMS = ("pictures", "films", "unnumbered", "film")
@@ -90,7 +88,7 @@ class VideoStudy:
 
     def __init__(self, checkpoint: Path, n_prompts: int, n_questions: int) -> None:
         self.backend = TorchBackend(checkpoint, "auto", "cpu")
-        self.processor, self._info = load_processor(checkpoint), inspect_model(self.backend.model)
+        self.processor = load_processor(checkpoint)
         seen = evaluate.make_mixed_puzzles(n_prompts, evaluate.CALIBRATION_SEEDS)
         self.prompts = {form: [to_inputs(self.processor, [puzzle], form) for puzzle in seen] for form in APART}
         self.puzzles = evaluate.make_puzzles(N_PICTURES, n_questions, evaluate.EVALUATION_SEEDS)
@@ -100,12 +98,9 @@ class VideoStudy:
         parts = [self.puzzles[i : i + BATCH] for i in range(0, len(self.puzzles), BATCH)]
         batches = [to_inputs(self.processor, part, form) for part in parts]
         words = [puzzle.question.answer for puzzle in self.puzzles]
-        layouts = [x for batch in batches for x in self._layouts(batch)]
+        layouts = [x for batch in batches for x in self.backend.facts.layouts(batch)]
         expected = np.array(self.processor.tokenizer.convert_tokens_to_ids(words))
         return Asked(batches, next_tokens(self.backend, batches, None), expected, layouts)
-
-    def _layouts(self, batch: dict[str, Tensor]) -> list[Layout]:
-        return read_layouts(batch, self._info.family, self._info.special)[0]
 
     def measure(self, form: str, profile: Profile) -> dict[str, Any]:
         """What a profile does to the answers in one form."""
